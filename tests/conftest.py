@@ -1,0 +1,98 @@
+"""What holds for every test: it tests this checkout, leaves nothing behind, ends, and in CI it is run."""
+
+import faulthandler
+import gc
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from helpers import ROOT, TIME_UNIT, eventually
+
+# Whatever else is installed under the name, the file that is tested is the one next to this directory.
+sys.path.insert(0, str(ROOT))
+
+# Settings of the developer's own server would reach the servers that tests start.
+for name in [name for name in os.environ if name.startswith("WS_")]:
+    del os.environ[name]
+
+# A hung test fails, and the next one runs. Said here and not in pytest.ini, where it could not be scaled;
+# a test that needs longer says @pytest.mark.timeout.
+os.environ.setdefault("PYTEST_TIMEOUT", str(60 * TIME_UNIT))
+
+# One slow example proves nothing on a busy machine; the deadline above is there for the test as a whole.
+settings.register_profile("wsqueue", settings(), deadline=None)
+settings.load_profile("wsqueue")
+
+IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
+DESCRIPTORS = Path("/proc/self/fd")
+
+
+# ---- In CI nothing is skipped: a missing tool must not look like a passed test -----------------------------
+
+
+def _fail_if_skipped(report):
+    if IN_CI and report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"In CI every test has to run and pass. {reason}"
+    return report
+
+
+# tryfirst makes a wrapper the outermost one: it sees what all the others made of the outcome.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport():
+    """For pytest.skip, skipif, an empty parameter set, and xfail, which is a skip that sounds better."""
+    return _fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report():
+    """For whole files: importorskip, and skip with allow_module_level."""
+    return _fail_if_skipped((yield))
+
+
+# ---- Nothing is left behind --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    """Every thread of ours that a test starts ends with it (servers of wider fixtures started before it)."""
+    before = set(threading.enumerate())
+
+    def left():
+        return [t for t in threading.enumerate() if t not in before and t.name.startswith("wsqueue")]
+
+    yield
+    eventually(lambda: not left(), timeout=5.0, what=f"the end of {left()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_descriptor_is_left():
+    """A leak in what many tests repeat shows up as a sum; a handful is what libraries keep open."""
+    if not DESCRIPTORS.exists():
+        yield
+        return
+    before = _open_descriptors()
+    yield
+    gc.collect()
+    more = [what for fd, what in _open_descriptors().items() if fd not in before]
+    assert len(more) <= 8, f"{len(more)} descriptors were left open: {more}"
+
+
+def _open_descriptors():
+    found = {}
+    for link in DESCRIPTORS.iterdir():
+        try:
+            found[link.name] = os.readlink(link)
+        except OSError:  # the one that lists the directory is gone by now
+            continue
+    return found
+
+
+def pytest_unconfigure():
+    """The interpreter ends when its threads do, or never: then show them, and end it."""
+    faulthandler.dump_traceback_later(30 * TIME_UNIT, exit=True, file=sys.__stderr__)

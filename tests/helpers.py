@@ -1,0 +1,87 @@
+"""What every suite needs: deadlines instead of sleeps, and the program as a real process."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WSQUEUE = str(ROOT / "wsqueue.py")
+
+# Every deadline is a multiple of this: WSQUEUE_TIME_UNIT=5 gives a slow machine five times as long. Only a
+# test that fails ever waits for a deadline, so a generous one costs nothing.
+TIME_UNIT = float(os.environ.get("WSQUEUE_TIME_UNIT", "1"))
+
+
+def eventually(condition, timeout=10.0, what=""):
+    """Wait until condition() is true and return its result; fail after timeout, saying what was awaited."""
+    deadline = time.monotonic() + timeout * TIME_UNIT
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"not within {timeout * TIME_UNIT:g} s: {what or condition}")
+        time.sleep(0.005)
+
+
+def run_cli(*args, **kw):
+    """Run `python wsqueue.py ARGS` to its end; the result has returncode, stdout and stderr as text."""
+    settings = {"capture_output": True, "encoding": "utf-8", "timeout": 30 * TIME_UNIT, **kw}
+    return subprocess.run([sys.executable, WSQUEUE, *map(str, args)], check=False, **settings)
+
+
+class Server:
+    """A `wsqueue serve` in a process of its own."""
+
+    def __init__(self, process, output):
+        self.process = process
+        self.pid = process.pid
+        self.url = self.port = None  # known once it listens
+        self._output = output
+
+    def stdout_text(self):
+        return (self._output / "stdout").read_text("utf-8", "replace")
+
+    def stderr_text(self):
+        return (self._output / "stderr").read_text("utf-8", "replace")
+
+    def wait_until_it_listens(self):
+        match = eventually(self._announcement, what="a line 'listening on ws://HOST:PORT'")
+        self.url, self.port = match[1], int(match[2])
+
+    def _announcement(self):
+        match = re.search(r"^listening on (wss?://\S+:(\d+))\n", self.stdout_text(), re.MULTILINE)
+        if match is None and self.process.poll() is not None:
+            raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.stderr_text()}")
+        return match
+
+    def end(self):
+        """Ask it to stop, as an init system would, and insist; not stopping when asked is a fault."""
+        self.process.terminate()
+        try:
+            self.process.wait(10 * TIME_UNIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"the server did not stop on SIGTERM:\n{self.stderr_text()}") from None
+
+
+@contextmanager
+def spawn_server(*args, **popen):
+    """Run `python wsqueue.py serve --port 0 ARGS`, usually with "--queue", DIR; gone when the block ends."""
+    command = [sys.executable, WSQUEUE, "serve", "--port", "0", *map(str, args)]
+    with tempfile.TemporaryDirectory(prefix="wsqueue-test-") as output:
+        # Files and not pipes: no thread has to empty them, and the server never waits for us.
+        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **popen)
+        server = Server(process, Path(output))
+        try:
+            server.wait_until_it_listens()
+            yield server
+        finally:
+            server.end()

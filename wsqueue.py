@@ -1,0 +1,2304 @@
+#!/usr/bin/env python3
+"""wsqueue: real-time push for code that is not asyncio.
+
+    queue_event("ws_queue", "order_paid", {"id": 42})         # any process: a web request, a cron job
+    wsqueue send order_paid '{"id": 42}' --queue ws_queue     # any shell; PHP writes a file and renames it
+    wsqueue serve --queue ws_queue                            # one server: every browser gets it at once
+
+    server = WebSocketServer().host("127.0.0.1").port(8081).event_queue("ws_queue")
+    server.on("/chat", lambda conn: conn.send({"event": "welcome"}))
+    server.start()                                            # or start(background=True) inside your process
+
+The data's way, which is also the order of this file:
+
+    queue_event() --> file in the queue directory --> EventQueue.take() --> Event
+      any process        <name>.json                    the queue thread      |
+                                                                              v
+    browser <-- socket <-- Connection.send_frames() <-- ClientRegistry.audience(to)
+
+The disk format, a contract with producers in every language:
+
+    ws_queue/NAME.json      ready; NAME does not start with a dot. One JSON object, or an array of them (sent
+                            all or nothing): {"event": str, "payload": any, "timestamp": int, "queued_at": float,
+                            "to": topic or [topics]}. Only "event" is required; without "to", everyone gets it.
+    ws_queue/.*.json.tmp    being written; rename it when it is whole
+    ws_queue/.wsqueue.lock  held (flock) by the one server that consumes the directory
+    ws_queue/failed/        what could not be understood, each beside its .reason
+
+Events go out in the order of the 13 hexadecimal digits after the name's first "_" (PHP's uniqid(): seconds and
+microseconds), else of the name's leading number (Unix time), else of the file's mtime.
+
+Threads: accept (one), handshake (one per new connection, until its handler returns), I/O (one: every open
+connection is parked with it), queue (one daemon), and up to 16 for on_message callbacks, only where there are
+any. Lock order: queue (flock) > registry > connection; an inbox's lock is a leaf. No lock is held while user code
+runs, while something is logged, or, but for a connection's own, while something is sent.
+
+Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
+client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
+because it is down; a client that stalls, lies or floods is closed, and the others do not notice.
+"""
+
+# 2 ─ Imports, constants, settings ─────────────────────────────────────────────────────────────────────────────────
+# Importing this module imports the standard library alone, starts no thread and configures no logging. What only a
+# server or a command needs is imported where it is used.
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import os
+import re
+import selectors
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from types import SimpleNamespace
+from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, Tuple, Union
+
+__all__ = [
+    "ClientRegistry", "Connection", "ConnectionClosed", "DirectoryQueue", "Event", "EventError", "EventQueue",
+    "ProtocolError", "QueueError", "ServerError", "SettingError", "WebSocketServer", "WsqueueError", "main",
+    "open_queue", "queue_event", "queue_events",
+]
+__version__ = "0.1.0"
+
+if __name__ == "__main__":  # run as a script: `import wsqueue` elsewhere must find this copy, not load another
+    sys.modules.setdefault("wsqueue", sys.modules[__name__])
+
+log = logging.getLogger("wsqueue")
+
+KIB, MIB = 1024, 1024 * 1024
+TICK_BYTES = 256 * KIB    # events joined into one write: larger adds memory, not speed
+READ_BYTES = 64 * KIB     # one recv
+HEAD_BYTES = 16 * KIB     # an HTTP request head; browsers send under 1 KiB, cookies can make it 8
+HOLD_TICKS = 2            # polls that a batch waits for a file which is still being written, or stamped ahead
+GIVE_UP_SECONDS = 2.0     # a file that does not parse and does not change for so long is broken, not unfinished
+SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary files are removed
+FAILED_FILES = 1000       # kept in failed/; beyond it the oldest tenth goes
+LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
+INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
+CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
+BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
+
+
+class Setting(NamedTuple):
+    """One row of the settings table: keyword argument, command line option and environment variable in one."""
+
+    name: str
+    default: Any  # its type is the setting's type
+    unit: str
+    least: float  # the smallest value that makes sense
+    meaning: str
+    variable: str = ""  # of the environment; read by the command line alone
+
+
+SETTINGS = (
+    Setting("host", "127.0.0.1", "address", 0, "Address to listen on; 0.0.0.0 or :: for every interface.", "WS_HOST"),
+    Setting("port", 8081, "port", 0, "TCP port to listen on; 0 picks a free one.", "WS_PORT"),
+    Setting("queue", "", "directory", 0, "Queue directory; it is made if it is missing.", "WS_QUEUE_PATH"),
+    Setting("poll_interval", 0.1, "seconds", 0.001, "How often the queue is looked at when the kernel is silent."),
+    Setting("wakeup", True, "", 0, "Let the kernel (inotify, kqueue) wake the server between two polls."),
+    Setting("max_event_bytes", MIB, "bytes", 64, "Largest event file; a larger one is moved to failed/."),
+    Setting("max_age", 0.0, "seconds", 0, "Events that waited longer are dropped, counted and logged; 0 keeps all."),
+    Setting("max_message_bytes", 64 * KIB, "bytes", 0, "Largest message a client may send; then close code 1009."),
+    Setting("outbox_bytes", MIB, "bytes", KIB, "What may wait for a slow client; beyond it, it is closed."),
+    Setting("send_timeout", 20.0, "seconds", 0.1, "A client that takes nothing of what waits for so long is closed."),
+    Setting("ping_interval", 20.0, "seconds", 0, "Silence after which a client is pinged; 0 never pings."),
+    Setting("ping_timeout", 20.0, "seconds", 0.1, "A pinged client that stays silent for so long is closed."),
+    Setting("handshake_timeout", 10.0, "seconds", 0.1, "Time a new connection has to send its HTTP request."),
+    Setting("close_timeout", 5.0, "seconds", 0, "Time clients have to take the rest and to answer a close."),
+    Setting("allowed_origins", (), "origins", 0, "Pages that may connect besides those of the server's own host name,"
+            " such as https://example.com; * allows all."),
+)
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+# 3 ─ Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Every message says what went wrong, with which file, setting or peer, and what to do about it.
+
+
+class WsqueueError(Exception):
+    """The base of every error that this module raises on purpose."""
+
+
+class SettingError(WsqueueError, ValueError):
+    """A setting that does not exist, or a value that makes no sense."""
+
+
+class EventError(WsqueueError, ValueError):
+    """Something that is not an event, or that JSON cannot hold."""
+
+
+class UnfinishedError(EventError):
+    """Bytes that are not an event yet: their writer may not be done."""
+
+
+class QueueError(WsqueueError):
+    """A queue that cannot be reached, written, or served."""
+
+
+class ServerError(WsqueueError):
+    """A server that cannot start."""
+
+
+class ProtocolError(WsqueueError):
+    """A peer broke RFC 6455; `code` is the close code it is told (section 7.4.1)."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class HandshakeError(WsqueueError):
+    """A request that is answered with an HTTP error and a sentence that says what to change."""
+
+    def __init__(self, status: str, sentence: str, **headers: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class ConnectionClosed(WsqueueError):
+    """recv() on a connection that is closed. A handler need not catch it: it then simply ends."""
+
+
+def checked_settings(given: Mapping[str, Any]) -> SimpleNamespace:
+    """The settings, defaults filled in; raises SettingError for an unknown name, a wrong type or a senseless value."""
+    for name in given:
+        if name not in _BY_NAME:
+            raise SettingError(f"there is no setting {name!r}; there are: {', '.join(_BY_NAME)}")
+    return SimpleNamespace(**{s.name: _checked(s, given.get(s.name, s.default)) for s in SETTINGS})
+
+
+def _checked(setting: Setting, value: Any) -> Any:
+    kind = type(setting.default)
+    if setting.name == "queue":
+        return value  # a path, a URL, or an EventQueue: open_queue() says what is wrong with it
+    if kind is tuple and isinstance(value, (list, tuple, set, frozenset)):
+        value = tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise SettingError(f"setting {setting.name} must be of type {kind.__name__}, not {type(value).__name__}")
+    if kind in (int, float) and not setting.least <= value < float("inf"):
+        raise SettingError(f"setting {setting.name} must be at least {setting.least:g} {setting.unit}, not {value}")
+    if setting.name == "port" and value > 65535:
+        raise SettingError(f"setting port must be at most 65535, not {value}")
+    return value
+
+
+# 4 ─ Event ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# In: what a producer passes, or the bytes of an event file. Out: Event, whose text is what clients receive; or
+# UnfinishedError ("not yet"), or EventError. No I/O, no state, any thread.
+
+
+class Event(NamedTuple):
+    """One event on its way to the clients."""
+
+    id: str  # unique in its queue; a repeat after a crash carries the same one
+    to: tuple[str, ...]  # topics; empty: everyone
+    queued_at: float  # seconds since the epoch
+    text: bytes  # JSON: {"event": ..., "payload": ..., "timestamp": ...}
+    source: Any = None  # the queue's own handle, for EventQueue.done()
+
+
+Topics = Union[str, Iterable[str], None]
+Pair = Tuple[str, Any]
+
+
+def _jsonable(value: Any) -> Any:
+    """What producers have in hand and JSON has no type for: text for dates, Decimal and UUID, a list for a set."""
+    from decimal import Decimal
+    from uuid import UUID
+
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, (Decimal, UUID)):
+        return str(value)  # a float would lose digits of the Decimal
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)  # the same set always gives the same text
+    if hasattr(type(value), "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise EventError(f"{name} is not JSON (RFC 8259); no browser would parse it")
+
+
+_DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_jsonable).encode
+_ENCODE_ASCII = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=_jsonable).encode
+_JSON_KINDS = {dict: "object", list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
+
+
+def encode_json(value: Any, what: str) -> bytes:
+    """Strict JSON, UTF-8; raises EventError that names `what`."""
+    try:
+        return _ENCODE(value).encode()
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON as an escape, impossible in UTF-8
+        return _ENCODE_ASCII(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EventError(f"{what} cannot be written as JSON: {error}") from None
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise EventError(f'"event" must be a non-empty string, not {_kind(name)}')
+    return name
+
+
+def _checked_topics(to: Any) -> tuple[str, ...]:
+    """No topics means everyone, so what is not clearly a list of topics must never be taken for none."""
+    topics = () if to is None else (to,) if isinstance(to, str) else tuple(to) if isinstance(to, Iterable) else (None,)
+    if (to is not None and not topics) or not all(isinstance(topic, str) and topic for topic in topics):
+        raise EventError('"to" must be a topic or a non-empty list of topics, each a non-empty string')
+    return topics
+
+
+def _kind(value: Any) -> str:
+    if value == "":
+        return "an empty string"
+    return "null" if value is None else _JSON_KINDS.get(type(value), "something else")
+
+
+def encode_record(name: str, payload: Any, to: Topics, now: float) -> bytes:
+    """One event as an event file holds it."""
+    record = {"event": _checked_name(name), "payload": payload, "timestamp": int(now), "queued_at": now}
+    if to is not None:
+        record["to"] = _checked_topics(to)
+    return encode_json(record, f"event {name!r}")
+
+
+def make_event(name: Any, payload: Any, to: Topics, now: float, event_id: str = "", source: Any = None,
+               queued_at: float | None = None) -> Event:
+    """An Event ready to be sent; raises EventError."""
+    message = {"event": _checked_name(name), "payload": payload, "timestamp": int(now)}
+    return Event(event_id, _checked_topics(to), now if queued_at is None else queued_at,
+                 encode_json(message, f"event {name!r}"), source)
+
+
+def parse_events(data: bytes, event_id: str, stamp: float, source: Any = None) -> list[Event]:
+    """The events in a file's bytes; `stamp` (seconds) stands in for a missing timestamp.
+
+    No strict prefix of a JSON object or array parses, so what parses is complete, and what does not may yet become
+    so: UnfinishedError. EventError is final.
+    """
+    try:
+        records = _DECODE(data.decode("utf-8-sig" if data[:1] == b"\xef" else "utf-8"))
+    except EventError:
+        raise
+    except RecursionError:
+        raise EventError("nested too deeply") from None
+    except ValueError as error:
+        raise UnfinishedError(f"not valid JSON in UTF-8: {error}" if data else "the file is empty") from None
+    if not isinstance(records, list):
+        return [_event_of(records, event_id, stamp, source)]
+    return [_event_of(record, f"{event_id}:{index}", stamp, source) for index, record in enumerate(records)]
+
+
+def _event_of(record: Any, event_id: str, stamp: float, source: Any) -> Event:
+    if not isinstance(record, dict):
+        raise EventError(f'an event must be a JSON object such as {{"event": "name"}}, not {_kind(record)}')
+    timestamp = _number(record, "timestamp", stamp)
+    return make_event(record.get("event"), record.get("payload"), record.get("to"), timestamp, event_id, source,
+                      _number(record, "queued_at", timestamp))
+
+
+def _number(record: dict[str, Any], key: str, default: float) -> float:
+    value = record.get(key)
+    if value is None:
+        return default
+    if type(value) is int or (type(value) is float and value - value == 0):  # neither bool nor infinite
+        return value
+    raise EventError(f'"{key}" must be a number of seconds since 1970, not {_kind(value)}')
+
+
+# 5 ─ The queue directory ──────────────────────────────────────────────────────────────────────────────────────────
+# In: put() from any process. Out: take(), then done() once the events are sent, from the one consumer: the queue
+# thread, which holds the directory's flock. Only wake() and close() may be called by another thread. Promises:
+# nothing lost, a producer's order kept, nothing that is not a whole regular file ever read as an event.
+
+Clock = Callable[[], float]
+
+
+class Backlog(NamedTuple):
+    """What waits in a queue."""
+
+    waiting: int  # event files (or entries) not yet sent
+    oldest: float  # age in seconds of the oldest one; 0.0 if there is none
+    failed: int  # set aside because they could not be understood
+
+
+class EventQueue:
+    """The contract of every queue. put() serves producers, the rest is for the one thread that consumes.
+
+    take() returns the next events in order, and returns the same ones again after a crash unless done() was called
+    for them. wait() returns after `timeout` seconds, or earlier when there may be something to take or wake() was
+    called. All raise QueueError with a remedy.
+    """
+
+    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
+        raise NotImplementedError
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
+        raise NotImplementedError
+
+    def done(self, events: Iterable[Event]) -> None:
+        raise NotImplementedError
+
+    def wait(self, timeout: float) -> None:
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        raise NotImplementedError
+
+    def backlog(self) -> Backlog:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+# Names and stamps. A stamp is an integer: microseconds since the epoch.
+
+_UNIQID = re.compile(r"_([0-9a-f]{8})([0-9a-f]{5})")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+class _Names:
+    """Names of the shape of PHP's microtime(true) . "_" . uniqid(), with pid and a counter added.
+
+    A stamp never repeats or goes back within a process, whatever its clock does and however many threads ask. The
+    counter starts anywhere, so that two containers in which everybody is pid 1 do not meet.
+    """
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Also after a fork: another thread may have held the lock."""
+        self._lock = threading.Lock()  # guards _last
+        self._last = 0
+        self._pid = os.getpid() & 0xFFFF
+        self._count = itertools.count(int.from_bytes(os.urandom(2), "big"))
+
+    def next(self) -> str:
+        with self._lock:
+            self._last = stamp = max(int(self._clock() * 1e6), self._last + 1)
+        seconds, micros = divmod(stamp, 1_000_000)
+        return (f"{seconds}.{micros // 100:04d}_{seconds:08x}{micros:05x}"
+                f"{self._pid:04x}{next(self._count) & 0xFFFF:04x}.json")
+
+
+_NAMES = _Names()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_NAMES.reset)
+
+
+def name_stamp(name: str) -> int | None:
+    """The stamp in an event file's name, or None. Never the name as text: PHP drops trailing zeros of its float."""
+    match = _UNIQID.search(name)
+    if match:
+        return int(match.group(1), 16) * 1_000_000 + int(match.group(2), 16)
+    match = _NUMBER.match(name)
+    if not match:
+        return None
+    seconds = float(match.group())
+    while seconds > 1e11:  # `date +%s%N` and JavaScript's Date.now() count in nanoseconds and milliseconds
+        seconds /= 1000
+    return int(seconds * 1e6)
+
+
+def _is_ready(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
+
+
+# Publishing.
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # ours, and passing: not the file's fault
+_LOCK_NAME = ".wsqueue.lock"
+
+
+def _write_file(path: str, data: bytes, flags: int = _CREATE, durable: bool = False) -> None:
+    fd = os.open(path, flags, 0o666)  # the umask decides who may read it, as for every file of the producer
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view):]
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    """Without it a power cut may forget the rename (fsync(2))."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _publish(directory: str, data: bytes, durable: bool) -> None:
+    """Whole or not at all: the temporary file is in the same directory, so the rename is atomic."""
+    name = _NAMES.next()
+    temporary = f"{directory}/.{name}.tmp"
+    try:
+        _write_file(temporary, data, durable=durable)
+        os.rename(temporary, f"{directory}/{name}")
+    except BaseException as error:
+        if not isinstance(error, FileNotFoundError):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise
+    if durable:
+        _sync_directory(directory)
+
+
+# One consumer.
+
+
+def _lock_directory(directory: str) -> int:
+    """Hold the directory's lock; returns its descriptor. Raises QueueError that names the holder."""
+    import fcntl  # POSIX only, and so is a server; producers run everywhere
+
+    fd = os.open(f"{directory}/{_LOCK_NAME}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        for patience in (0.1, 0.1, 0.0):  # `wsqueue status` holds it for an instant to see whether it is free
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(patience)
+        else:
+            raise QueueError(f"queue directory {directory} is already served by process {_holder(fd)};"
+                             " stop that one, or give this one another directory")
+        os.ftruncate(fd, 0)  # not before it is held: the text belongs to the holder
+        os.write(fd, b"%d\n" % os.getpid())
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "(unknown)"
+
+
+def serving_process(directory: str) -> str | None:
+    """The pid of the server that consumes the directory, or None."""
+    import fcntl
+
+    try:
+        fd = os.open(f"{directory}/{_LOCK_NAME}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _holder(fd)
+    finally:
+        os.close(fd)
+
+
+# Waking up. The kernel is only ever an accelerator of the poll: inotify is silent on NFS and some container volumes.
+
+
+class Waker:
+    """A descriptor that any thread can make readable: how a selector is interrupted."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        with contextlib.suppress(OSError):  # full: it is set already; closed: nobody waits any more
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(self._reader.recv(4096)) == 4096:
+                pass
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+class _Inotify:
+    """inotify(7) through ctypes: a descriptor that is readable once a file has been finished in the directory."""
+
+    _EVENT = struct.Struct("iIII")
+    _MASK = 0x8 | 0x80 | 0x400 | 0x800  # IN_CLOSE_WRITE, IN_MOVED_TO, IN_DELETE_SELF, IN_MOVE_SELF
+
+    def __init__(self, directory: str) -> None:
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd < 0 or libc.inotify_add_watch(self.fd, os.fsencode(directory), self._MASK) < 0:
+            number = ctypes.get_errno()
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise OSError(number, os.strerror(number))
+
+    def consume(self) -> bool:
+        """Whether what happened concerns an event. Temporary files are closed in the directory, too."""
+        data, offset, relevant = os.read(self.fd, 64 * KIB), 0, False
+        while offset < len(data):
+            length = self._EVENT.unpack_from(data, offset)[3]
+            start = offset + self._EVENT.size
+            offset = start + length
+            name = data[start:offset].rstrip(b"\0")
+            relevant |= not name or (name.endswith(b".json") and not name.startswith(b"."))
+        return relevant
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class _Kqueue:
+    """kqueue(2) on BSD and macOS: the directory itself changes when an entry appears."""
+
+    def __init__(self, directory: str) -> None:
+        import select
+
+        kernel: Any = select  # the names below exist on BSD and macOS only
+        self._directory = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        self._queue = kernel.kqueue()
+        self.fd: int = self._queue.fileno()
+        self._queue.control([kernel.kevent(
+            self._directory, kernel.KQ_FILTER_VNODE, kernel.KQ_EV_ADD | kernel.KQ_EV_CLEAR,
+            kernel.KQ_NOTE_WRITE | kernel.KQ_NOTE_DELETE | kernel.KQ_NOTE_RENAME)], 0, 0)
+
+    def consume(self) -> bool:
+        return bool(self._queue.control(None, 8, 0))
+
+    def close(self) -> None:
+        self._queue.close()
+        os.close(self._directory)
+
+
+def _watch(directory: str) -> _Inotify | _Kqueue | None:
+    try:
+        return _Inotify(directory) if sys.platform.startswith("linux") else _Kqueue(directory)
+    except (OSError, AttributeError) as error:
+        log.info("no kernel wake-up for %s (%s): events wait for the next poll", directory, error)
+        return None
+
+
+class _Suspect:
+    """A file that did not parse: since when it is known, and since when it has not changed (seconds, monotonic)."""
+
+    __slots__ = ("first_seen", "signature", "unchanged_since")
+
+    def __init__(self, now: float) -> None:
+        self.first_seen = self.unchanged_since = now
+        self.signature: Any = None
+
+
+class DirectoryQueue(EventQueue):
+    """The queue directory. Options are the settings of the same names; the clocks are there for tests."""
+
+    def __init__(self, path: str, *, poll_interval: float = 0.1, wakeup: bool = True, max_event_bytes: int = MIB,
+                 max_age: float = 0.0, clock: Clock = time.time, monotonic: Clock = time.monotonic) -> None:
+        self.path = path
+        self.max_event_bytes = max_event_bytes
+        self._hold = HOLD_TICKS * poll_interval
+        self._wakeup, self._max_age, self._clock, self._monotonic = wakeup, max_age, clock, monotonic
+        self._lock_fd = -1  # the flock, while this queue is the consumer
+
+    # Producers.
+
+    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
+        """Queue (event, payload) pairs, all or nothing. Raises EventError, or QueueError with the reason."""
+        now = self._clock()
+        records = [encode_record(name, payload, to, now) for name, payload in events]
+        data = records[0] if len(records) == 1 else b"[" + b",\n".join(records) + b"]"
+        if len(data) > self.max_event_bytes:
+            raise EventError(f"{len(records)} event(s) of {len(data)} bytes together, more than the {self.max_event_bytes}"
+                             " of max_event_bytes: send less, or a reference to it")
+        if not records:
+            return
+        try:
+            try:
+                _publish(self.path, data, durable)
+            except FileNotFoundError:
+                os.makedirs(self.path, mode=0o755, exist_ok=True)
+                _publish(self.path, data, durable)
+        except OSError as error:
+            raise QueueError(f"cannot write to queue directory {self.path}: {error.strerror or error}") from error
+
+    # The consumer.
+
+    def open(self) -> None:
+        """Become the one consumer. Raises QueueError."""
+        self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._pending: list[tuple[int, str]] = []  # the scan, last first; what take() has not reached
+        self._suspects: dict[str, _Suspect] = {}  # did not parse
+        self._ahead: dict[str, float] = {}  # stamped at or after the scan that found it -> first seen
+        self._stuck: dict[str, Any] = {}  # sent, and cannot be removed -> signature
+        self._watcher: _Inotify | _Kqueue | None = None
+        self._next_sweep = 0.0
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
+        try:
+            os.makedirs(self.path, mode=0o755, exist_ok=True)
+            if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
+                raise QueueError(f"queue directory {self.path} must be readable and writable for user id {os.getuid()}:"
+                                 " sent events are removed from it")
+            self._lock_fd = _lock_directory(self.path)
+            status = os.stat(self.path)
+        except OSError as error:
+            raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}") from error
+        self._identity = (status.st_dev, status.st_ino)
+        self._watcher = _watch(self.path) if self._wakeup else None
+        if self._watcher:
+            self._selector.register(self._watcher.fd, selectors.EVENT_READ)
+
+    def _detach(self) -> None:
+        if self._watcher:
+            self._selector.unregister(self._watcher.fd)
+            self._watcher.close()
+            self._watcher = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def close(self) -> None:
+        self._detach()
+        self._selector.close()
+        self._waker.close()
+
+    def wake(self) -> None:
+        self._waker.set()
+
+    def wait(self, timeout: float) -> None:
+        deadline = self._monotonic() + timeout
+        while True:
+            ready = self._selector.select(max(0.0, deadline - self._monotonic()))
+            fds = [key.fd for key, _ in ready]
+            if not ready or self._waker.fileno() in fds:
+                self._waker.clear()
+                return
+            if self._watcher and self._watcher.fd in fds and self._watcher.consume():
+                return
+
+    def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
+        if not self._pending:
+            self._reattach_if_replaced()
+            self._pending = self._scan()
+        taken: list[Event] = []
+        size = 0
+        while self._pending and size < max_bytes:
+            stamp, name = self._pending[-1]
+            try:
+                events = self._load(name, stamp)
+            except UnfinishedError as error:
+                if self._must_wait_for(name, str(error)):
+                    self._pending.clear()  # nothing may overtake it; look again at the next tick
+                    break
+                events = []
+            self._pending.pop()
+            taken += events
+            size += sum(len(event.text) for event in events)
+        return self._drop_stale(taken) if self._max_age else taken
+
+    def done(self, events: Iterable[Event]) -> None:
+        for name in dict.fromkeys(event.source for event in events):
+            self._remove(name)
+
+    def backlog(self) -> Backlog:
+        """Of the directory as it is now; any process may ask."""
+        try:
+            stamps = [stamp for stamp, _ in self._entries()]
+        except OSError as error:
+            raise QueueError(f"cannot read queue directory {self.path}: {error.strerror}") from error
+        try:
+            failed = sum(not name.endswith(".reason") for name in os.listdir(f"{self.path}/failed"))
+        except OSError:
+            failed = 0
+        return Backlog(len(stamps), max(0.0, self._clock() - min(stamps) / 1e6) if stamps else 0.0, failed)
+
+    # Scanning.
+
+    def _reattach_if_replaced(self) -> None:
+        """Directories are removed, renamed and mounted over while a server runs."""
+        try:
+            status = os.stat(self.path)
+            if self._lock_fd >= 0 and self._identity == (status.st_dev, status.st_ino):
+                return
+        except OSError:
+            pass
+        if self._lock_fd >= 0:
+            log.warning("queue directory %s has vanished or was replaced: opening it anew", self.path)
+        self._detach()
+        self._attach()
+
+    def _entries(self) -> list[tuple[int, str]]:
+        entries = []
+        for name in filter(_is_ready, os.listdir(self.path)):
+            stamp = name_stamp(name)
+            if stamp is None:
+                with contextlib.suppress(OSError):
+                    stamp = os.lstat(f"{self.path}/{name}").st_mtime_ns // 1000
+            if stamp is not None:
+                entries.append((stamp, name))
+        return entries
+
+    def _scan(self) -> list[tuple[int, str]]:
+        """Every ready file, last first.
+
+        readdir may miss an older file and show a younger one that appeared while it ran; but what was stamped
+        before the scan began cannot be such a younger one. So the rest waits, two ticks at most: its writer's clock
+        may simply be ahead of ours.
+        """
+        started, now = int(self._clock() * 1e6), self._monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_SECONDS
+            self._sweep()
+        entries = self._entries()
+        if self._stuck or self._suspects or self._ahead:
+            present = {name for _, name in entries}
+            for memory in (self._stuck, self._suspects, self._ahead):
+                for name in [name for name in memory if name not in present]:
+                    del memory[name]
+            entries = [entry for entry in entries if entry[1] not in self._stuck or self._is_new(entry[1])]
+        entries = [entry for entry in entries
+                   if entry[0] < started or now - self._ahead.setdefault(entry[1], now) >= self._hold]
+        entries.sort(reverse=True)
+        return entries
+
+    def _sweep(self) -> None:
+        """Producers that were killed leave temporary files."""
+        for name in os.listdir(self.path):
+            path = f"{self.path}/{name}"
+            if name.startswith(".") and name.endswith(".json.tmp"):
+                with contextlib.suppress(OSError):
+                    if self._clock() - os.lstat(path).st_mtime > SWEEP_SECONDS:
+                        os.unlink(path)
+
+    # Reading.
+
+    def _load(self, name: str, stamp: int) -> list[Event]:
+        """The file's events, none if it is gone or set aside. Raises UnfinishedError."""
+        try:
+            data = self._read(f"{self.path}/{name}")
+            events = parse_events(data, name[:-5], stamp / 1e6, name)
+        except FileNotFoundError:
+            return []
+        except UnfinishedError:
+            raise
+        except EventError as error:
+            self._set_aside(name, str(error))
+            return []
+        if self._suspects:
+            self._suspects.pop(name, None)
+        if not events:  # an empty array says nothing to anyone
+            self._remove(name)
+        return events
+
+    def _read(self, path: str) -> bytes:
+        try:
+            fd = os.open(path, _READ)  # O_NONBLOCK: a FIFO must not hang us; O_NOFOLLOW: a link must not mislead us
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in _OWN_TROUBLE:
+                raise QueueError(f"cannot open {path!r}: {error.strerror}") from error
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise EventError("not a regular file") from None
+            raise UnfinishedError(f"user id {os.getuid()} cannot open it: {error.strerror}") from None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise EventError("not a regular file")
+            if status.st_size > self.max_event_bytes:
+                raise EventError(f"{status.st_size} bytes, more than the {self.max_event_bytes} of max_event_bytes")
+            return os.read(fd, status.st_size)
+        except OSError as error:
+            raise UnfinishedError(f"cannot be read: {error.strerror}") from None
+        finally:
+            os.close(fd)
+
+    def _must_wait_for(self, name: str, reason: str) -> bool:
+        """Not yet is not never: PHP and shell redirection write non-atomically."""
+        now = self._monotonic()
+        suspect = self._suspects.setdefault(name, _Suspect(now))
+        signature = self._signature(name)
+        if signature != suspect.signature:
+            suspect.signature, suspect.unchanged_since = signature, now
+        elif now - suspect.unchanged_since >= GIVE_UP_SECONDS:
+            self._set_aside(name, reason)
+            return False
+        return now - suspect.first_seen < self._hold
+
+    def _signature(self, name: str) -> Any:
+        try:
+            status = os.lstat(f"{self.path}/{name}")
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _drop_stale(self, events: list[Event]) -> list[Event]:
+        limit = self._clock() - self._max_age
+        stale = [event for event in events if event.queued_at < limit]
+        if stale:
+            log.warning("dropped %d event(s) that waited longer than max_age=%g s", len(stale), self._max_age)
+            kept = {event.source for event in events if event.queued_at >= limit}
+            self.done(event for event in stale if event.source not in kept)
+        return [event for event in events if event.queued_at >= limit]
+
+    # Removing.
+
+    def _remove(self, name: str) -> None:
+        try:
+            os.unlink(f"{self.path}/{name}")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if name not in self._stuck:
+                log.error("sent %r, but cannot remove it from %s (%s): it is not sent again; remove it by hand",
+                          name, self.path, error.strerror)
+            self._stuck[name] = self._signature(name)
+
+    def _is_new(self, name: str) -> bool:
+        """Whether a stuck name now holds another file; if not, try once more to be rid of it."""
+        if self._signature(name) != self._stuck[name]:
+            del self._stuck[name]
+            return True
+        self._remove(name)
+        return False
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        failed = f"{self.path}/failed"
+        target = f"{failed}/{name}"
+        try:
+            os.makedirs(failed, mode=0o755, exist_ok=True)
+            for number in itertools.count(1):
+                if not os.path.lexists(target):
+                    break
+                target = f"{failed}/{name[:-5]}.{number}.json"
+            os.rename(f"{self.path}/{name}", target)
+        except OSError as error:
+            log.error("%r is not an event (%s), and cannot be moved to %s: %s", name, reason, failed, error.strerror)
+            self._stuck[name] = self._signature(name)
+            return
+        log.error("%r is not an event: %s. It is now %r; mend it and move it back", name, reason, target)
+        with contextlib.suppress(OSError):  # a full disk, a name of 255 bytes: the log has the reason
+            _write_file(f"{target}.reason", f"{reason}\n".encode("utf-8", "replace"))
+        self._trim_failed(failed)
+
+    def _trim_failed(self, failed: str) -> None:
+        names = os.listdir(failed)
+        if len(names) <= 2 * FAILED_FILES:
+            return
+        paths = sorted((f"{failed}/{name}" for name in names), key=lambda path: os.lstat(path).st_ctime_ns)
+        log.warning("%s holds more than %d files: removing the oldest", failed, FAILED_FILES)
+        for path in paths[:len(paths) // 10]:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+# The producer's calls.
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_ENGINES: dict[str, Callable[..., EventQueue]] = {"": DirectoryQueue}
+
+
+def open_queue(queue: Any, **options: Any) -> EventQueue:
+    """The queue at a directory path; its put() raises, for those who want to know why. Raises QueueError."""
+    if isinstance(queue, EventQueue):
+        return queue
+    try:
+        location = os.fsdecode(queue)
+    except TypeError:
+        raise QueueError(f"a queue is a directory path, not {type(queue).__name__}") from None
+    if not location or "\0" in location:
+        raise QueueError("the queue's path is empty or holds a NUL: give a directory path")
+    match = _URL.match(location)
+    engine = _ENGINES.get(match.group(1).lower() if match else "")
+    if engine is None:
+        raise QueueError(f"no queue of the kind {location[:match.end()] if match else ''}: give a directory path")
+    return engine(location, **options)
+
+
+def queue_event(queue: Any, event: str, payload: Any = None, *, to: Topics = None, durable: bool = False) -> bool:
+    """Queue one event for every connected client, from any process.
+
+    queue: a directory path; made if it is missing. event: a non-empty name. payload: anything JSON holds, and
+    datetime, date, Decimal, UUID (as text), set (as a list), dataclass (as an object). to: a topic or a list of
+    topics; None is everyone. durable: survive a power cut (fsync; milliseconds instead of microseconds).
+    Never raises: False means not queued, and the reason is logged at ERROR under "wsqueue".
+    """
+    return queue_events(queue, ((event, payload),), to=to, durable=durable)
+
+
+def queue_events(queue: Any, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> bool:
+    """Queue (event, payload) pairs, all or nothing, next to each other. Otherwise as queue_event()."""
+    try:
+        open_queue(queue).put(events, to=to, durable=durable)
+    except WsqueueError as error:
+        log.error("event not queued: %s", error)
+        return False
+    except Exception as error:  # a producer's request must not fail because its notification did
+        log.error("event not queued: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
+# 6 ─ WebSocket frames ─────────────────────────────────────────────────────────────────────────────────────────────
+# In: bytes as they come off a socket, in any pieces. Out: messages, or ProtocolError with the close code. RFC 6455,
+# sections 5 and 7. No I/O; a parser belongs to one thread.
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG, SERVER_ERROR = 1000, 1001, 1002, 1007, 1009, 1011
+NO_STATUS, ABNORMAL = 1005, 1006  # never on the wire (section 7.4.1)
+_CONTROL = 0x8  # the opcode bit of control frames
+_OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
+_LENGTH_16, _LENGTH_64 = struct.Struct("!H"), struct.Struct("!Q")
+Message = Union[str, bytes]
+
+
+def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes = b"") -> bytes:
+    """One frame (section 5.2). A client must give a mask of four unpredictable bytes, a server must not."""
+    first, masked, size = opcode | (0x80 if fin else 0), 0x80 if mask else 0, len(payload)
+    if size < 126:
+        head = bytes((first, masked | size))
+    elif size < 65536:
+        head = bytes((first, masked | 126)) + _LENGTH_16.pack(size)
+    else:
+        head = bytes((first, masked | 127)) + _LENGTH_64.pack(size)
+    return head + mask + apply_mask(payload, mask) if mask else head + payload
+
+
+def apply_mask(data: bytes, mask: bytes) -> bytes:
+    """XOR with the repeated mask (section 5.3), as one integer: 100 times faster than byte by byte."""
+    size = len(data)
+    repeated = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")).to_bytes(size, "little")
+
+
+def is_close_code(code: int) -> bool:
+    """Whether the code may be on the wire (section 7.4)."""
+    return (1000 <= code <= 1014 and code not in (1004, NO_STATUS, ABNORMAL)) or 3000 <= code <= 4999
+
+
+def encode_close(code: int, reason: str = "") -> bytes:
+    if code == NO_STATUS:
+        return encode_frame(CLOSE, b"")
+    text = reason.encode()[:123].decode("utf-8", "ignore").encode()  # cut between characters, not within one
+    return encode_frame(CLOSE, _LENGTH_16.pack(code) + text)
+
+
+def decode_close(payload: bytes) -> tuple[int, str]:
+    if not payload:
+        return NO_STATUS, ""
+    code = _LENGTH_16.unpack_from(payload)[0] if len(payload) > 1 else 0
+    if not is_close_code(code):
+        raise ProtocolError(PROTOCOL_ERROR, f"close code {code} is not one to be sent")
+    return code, _decode_text(payload[2:])
+
+
+def _decode_text(payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(INVALID_DATA, "text is not UTF-8") from None
+
+
+class FrameParser:
+    """Bytes in any pieces -> (opcode, payload) of whole messages and control frames.
+
+    masked: whether the peer must mask, as a client must and a server must not (section 5.1).
+    max_bytes: the largest message; a longer one is refused when its header announces it.
+    """
+
+    def __init__(self, *, masked: bool, max_bytes: int) -> None:
+        self._masked, self._max_bytes = masked, max_bytes
+        self._buffer = bytearray()
+        self._parts: list[bytes] = []  # of the fragmented message (section 5.4) in hand
+        self._opcode = CONTINUATION  # its opcode; CONTINUATION: there is none
+        self._size = 0  # bytes in _parts
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing half received: the parser can be thrown away."""
+        return not self._buffer and self._opcode == CONTINUATION
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
+        """TEXT: str; BINARY, PING, PONG: bytes; CLOSE: (code, reason). Raises ProtocolError."""
+        self._buffer += data
+        while True:
+            frame = self._next_frame()
+            if frame is None:
+                return
+            fin, opcode, payload = frame
+            if opcode == CLOSE:
+                yield CLOSE, decode_close(payload)
+            elif opcode & _CONTROL:
+                yield opcode, payload
+            else:
+                self._parts.append(payload)
+                self._size += len(payload)
+                if fin:
+                    yield self._finish_message()
+
+    def _finish_message(self) -> tuple[int, Message]:
+        opcode, payload = self._opcode, b"".join(self._parts)
+        self._parts, self._opcode, self._size = [], CONTINUATION, 0
+        return opcode, _decode_text(payload) if opcode == TEXT else payload
+
+    def _next_frame(self) -> tuple[bool, int, bytes] | None:
+        """The next frame, unmasked and taken off the buffer; None while it is not whole."""
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return None
+        fin, opcode, masked, size = buffer[0] & 0x80, buffer[0] & 0x0F, buffer[1] & 0x80, buffer[1] & 0x7F
+        self._check_start(buffer[0], bool(masked), size)
+        start = 2 + (0, 2, 8)[max(0, size - 125)]
+        if len(buffer) < start:
+            return None
+        if start > 2:
+            size = self._long_size(size)
+        self._check_size(opcode, size)
+        start += 4 if masked else 0
+        if len(buffer) < start + size:
+            return None
+        payload = bytes(buffer[start:start + size])
+        if masked:
+            payload = apply_mask(payload, bytes(buffer[start - 4:start]))
+        del buffer[:start + size]
+        if opcode in (TEXT, BINARY):
+            self._opcode = opcode
+        return bool(fin), opcode, payload
+
+    def _check_start(self, first: int, masked: bool, size: int) -> None:
+        opcode = first & 0x0F
+        if first & 0x70:
+            raise ProtocolError(PROTOCOL_ERROR, "a reserved bit is set, and no extension was agreed on")
+        if opcode not in _OPCODES:
+            raise ProtocolError(PROTOCOL_ERROR, f"opcode {opcode:#x} is reserved")
+        if masked != self._masked:
+            raise ProtocolError(PROTOCOL_ERROR, "a client must mask its frames, a server must not")
+        if opcode & _CONTROL and (not first & 0x80 or size > 125):
+            raise ProtocolError(PROTOCOL_ERROR, "a control frame must be whole and hold at most 125 bytes")
+        if opcode == CONTINUATION and self._opcode == CONTINUATION:
+            raise ProtocolError(PROTOCOL_ERROR, "a continuation of nothing")
+        if opcode in (TEXT, BINARY) and self._opcode != CONTINUATION:
+            raise ProtocolError(PROTOCOL_ERROR, "a new message inside a fragmented one")
+
+    def _long_size(self, marker: int) -> int:
+        size: int = (_LENGTH_16 if marker == 126 else _LENGTH_64).unpack_from(self._buffer, 2)[0]
+        if size < (126 if marker == 126 else 65536) or size >> 63:
+            raise ProtocolError(PROTOCOL_ERROR, "a length not in its shortest form, or of 2^63 and more")
+        return size
+
+    def _check_size(self, opcode: int, size: int) -> None:
+        if not opcode & _CONTROL and self._size + size > self._max_bytes:
+            raise ProtocolError(TOO_BIG, f"a message of more than {self._max_bytes} bytes")
+
+
+# 7 ─ Connection ───────────────────────────────────────────────────────────────────────────────────────────────────
+# One client. Who touches what: only the I/O thread reads the socket, parses, and closes the descriptor (so that its
+# number cannot be reused while another thread sends); any thread may send, under the connection's own lock, which
+# guards the sending side and the state. Promises: send() never waits, and what waits to be sent is bounded.
+
+
+class Request(NamedTuple):
+    """An HTTP request's head."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]  # names in lower case
+
+
+def parse_request(head: bytes) -> Request:
+    """Parse what stands before the blank line (RFC 9112, sections 2 to 5). Raises HandshakeError."""
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    lines = head.decode("latin-1").split("\r\n")
+    words = lines[0].split(" ")
+    if len(words) != 3 or not words[0].isalpha() or not words[2].startswith("HTTP/1."):
+        raise HandshakeError("400 Bad Request", "This is not an HTTP/1.1 request.")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip() or "\0" in line:
+            raise HandshakeError("400 Bad Request", "A header line of this request is malformed.")
+        name, value = name.lower(), value.strip()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    try:
+        target = urlsplit(words[1])
+        return Request(words[0], unquote(target.path) or "/", dict(parse_qsl(target.query, True)), headers)
+    except ValueError:
+        raise HandshakeError("400 Bad Request", "The target of this request is malformed.") from None
+
+
+class Inbox:
+    """Messages that a handler or a callback has not consumed yet. Its lock is a leaf; any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())  # guards all below
+        self._messages: deque[Message] = deque()
+        self._closed = False
+        self._claimed = False  # a callback thread has it, or is about to
+
+    def put(self, message: Message) -> bool:
+        """Returns whether a callback thread must be found for it."""
+        with self._changed:
+            self._messages.append(message)
+            self._changed.notify()
+            claimed, self._claimed = self._claimed, True
+            return not claimed
+
+    def get(self, timeout: float | None) -> Message:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._messages or self._closed, timeout):
+                raise TimeoutError(f"no message within {timeout} s")
+            if not self._messages:
+                raise ConnectionClosed("the connection is closed")
+            return self._messages.popleft()
+
+    def next(self) -> Message | None:
+        """For a callback thread: None gives the inbox back."""
+        with self._changed:
+            self._claimed = bool(self._messages)
+            return self._messages.popleft() if self._messages else None
+
+    @property
+    def has_room_again(self) -> bool:
+        """Whether the message just taken was the one too many: the connection can be read again."""
+        return len(self._messages) == INBOX_MESSAGES - 1
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def full(self) -> bool:
+        return len(self._messages) >= INBOX_MESSAGES
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    settings: Any
+    registry: ClientRegistry
+
+    def refresh(self, conn: Connection) -> None:
+        """Any thread: the connection's state, or what it waits for, has changed."""
+
+    def deliver(self, conn: Connection, message: Message) -> None:
+        """The I/O thread: the client sent a message."""
+
+
+# A state is only ever left for a later one:
+#   OPEN       frames go both ways
+#   CLOSING    our close frame is out (or behind what waits); the peer's is awaited for close_timeout
+#   LINGERING  both are out, or the peer broke the rules: what waits is sent, then our end of the stream; the peer's end
+#              is awaited for LINGER_SECONDS: closing with unread data would send a reset that overtakes the rest
+#   CLOSED     the I/O thread closes the descriptor
+OPEN, CLOSING, LINGERING, CLOSED = range(4)
+
+
+class Connection:
+    """A connected client, as handlers see it. `user` is yours to set."""
+
+    __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_inbox", "_lock", "_outbox", "_parser",
+                 "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "address", "path", "user")
+
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], head: bytes, host: Host) -> None:
+        sock.setblocking(False)
+        self._sock, self._head, self._host = sock, head, host  # the head is parsed again when asked for: 1 KB saved
+        self.path = sys.intern(parse_request(head).path)
+        self.address = address[:2]
+        self.user: Any = None
+        self._lock = threading.Lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
+        self._state = OPEN
+        self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
+        self._pending = 0  # bytes in it
+        self._parser: FrameParser | None = None  # only while something is half received
+        self._inbox: Inbox | None = None  # only while somebody consumes messages
+        self._heard_at = self._progress_at = self._changed_at = time.monotonic()
+        self._pinged_at = 0.0  # 0: no pong is awaited
+
+    # For handlers: any thread.
+
+    @property
+    def query(self) -> dict[str, str]:
+        return parse_request(self._head).query
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The request's headers, names in lower case."""
+        return parse_request(self._head).headers
+
+    def is_connected(self) -> bool:
+        return self._state == OPEN
+
+    def send(self, message: Any) -> bool:
+        """Send text (str), binary (bytes) or JSON (dict, list). Never waits; False if the client has gone."""
+        if isinstance(message, str):
+            frame = encode_frame(TEXT, message.encode())
+        elif isinstance(message, (bytes, bytearray, memoryview)):
+            frame = encode_frame(BINARY, bytes(message))
+        elif isinstance(message, (dict, list)):
+            frame = encode_frame(TEXT, encode_json(message, "a message"))
+        else:
+            raise TypeError(f"send() takes str, bytes, dict or list, not {type(message).__name__}")
+        return self.send_frames(frame) >= 0
+
+    def recv(self, timeout: float | None = None) -> Message:
+        """The client's next message. Raises TimeoutError, and ConnectionClosed, which a handler need not catch."""
+        if self._inbox is None:
+            raise RuntimeError("recv() is for a handler while it runs, on a route without an on_message callback")
+        message = self._inbox.get(timeout)
+        if self._inbox.has_room_again:
+            self._host.refresh(self)
+        return message
+
+    def __iter__(self) -> Iterator[Message]:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                yield self.recv()
+
+    def join(self, topic: str) -> None:
+        """Receive events that are sent to the topic, from now on."""
+        self._host.registry.join(self, topic)
+
+    def leave(self, topic: str) -> None:
+        self._host.registry.leave(self, topic)
+
+    def close(self, code: int = NORMAL, reason: str = "") -> None:
+        """Start the closing handshake (RFC 6455, section 7.1.2); what was sent before still goes out."""
+        if not is_close_code(code):
+            raise ValueError(f"close code {code}: use 1000 to 1014 as in RFC 6455 section 7.4.1, or 3000 to 4999")
+        self._wind_down(CLOSING, encode_close(code, reason))
+
+    # Sending: any thread.
+
+    def send_frames(self, data: bytes) -> int:
+        """Send encoded frames. Returns the bytes that now wait, or -1 if the connection is not open."""
+        with self._lock:
+            if self._state != OPEN:
+                return -1
+            if not self._pending:
+                try:
+                    sent = self._sock.send(data)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:  # the peer is gone; a broadcast goes on with the next client
+                    sent, self._state = len(data), CLOSED
+                if sent == len(data) and self._state == OPEN:
+                    return 0
+                self._progress_at = time.monotonic()
+                data = data[sent:]
+            too_slow = self._pending > self._host.settings.outbox_bytes
+            if not too_slow and data:
+                self._enqueue(data)
+        if too_slow:
+            self.abort(f"{self._pending} bytes wait for it (outbox_bytes)")
+        self._host.refresh(self)
+        return self._pending if self._state == OPEN else -1
+
+    def _enqueue(self, data: bytes) -> None:
+        if self._outbox is None:
+            self._outbox = deque()
+        self._outbox.append(data)
+        self._pending += len(data)
+
+    def flush(self) -> None:
+        """Send what waits, as far as the kernel takes it."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox:
+                sent = self._sock.send(self._outbox[0])
+                self._pending -= sent
+                self._progress_at = time.monotonic()
+                if sent < len(self._outbox[0]):
+                    self._outbox[0] = memoryview(self._outbox[0])[sent:]
+                else:
+                    self._outbox.popleft()
+            self._outbox = None
+            if self._state == LINGERING:
+                self._sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._state = CLOSED
+
+    def keeps_up(self, now: float, grace: float) -> bool:
+        """Whether it is worth waiting for: it has something to take, and takes it."""
+        return self._state == OPEN and self._pending > 0 and now - self._progress_at < grace
+
+    # Closing: any thread.
+
+    def _wind_down(self, state: int, frame: bytes = b"") -> bool:
+        """Go to a later state; `frame` is the last thing sent."""
+        with self._lock:
+            if state <= self._state:
+                return False
+            if frame and self._state == OPEN:
+                self._enqueue(frame)
+            self._state, self._changed_at = state, time.monotonic()
+            if state != CLOSED:
+                self._flush()
+        self._host.refresh(self)
+        return True
+
+    def abort(self, why: str = "") -> None:
+        """Close at once, without a handshake."""
+        if self._wind_down(CLOSED) and why:
+            log.warning("closed %s:%s on %s: %s", *self.address, self.path, why)
+
+    # The I/O thread.
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def state(self) -> int:
+        return self._state
+
+    def interest(self) -> int:
+        """What a selector should wait for."""
+        reading = 0 if self._inbox is not None and self._inbox.full and self._state == OPEN else selectors.EVENT_READ
+        return reading | (selectors.EVENT_WRITE if self._pending else 0)
+
+    def read(self, now: float) -> None:
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._wind_down(CLOSED)
+            return
+        self._heard_at, self._pinged_at = now, 0.0
+        self.receive(data)
+
+    def receive(self, data: bytes) -> None:
+        """Act on what the client sent."""
+        parser = self._parser or FrameParser(masked=True, max_bytes=self._host.settings.max_message_bytes)
+        try:
+            for opcode, payload in parser.feed(data) if self._state < LINGERING else ():
+                self._ON_FRAME[opcode](self, payload)
+                if self._state >= LINGERING:
+                    break
+        except ProtocolError as error:
+            log.info("%s:%s broke the protocol: %s", *self.address, error)
+            self._wind_down(LINGERING, encode_close(error.code, str(error)))
+        self._parser = None if parser.at_rest or self._state >= LINGERING else parser
+
+    def _on_message(self, message: Message) -> None:
+        if self._state == OPEN:
+            self._host.deliver(self, message)
+
+    def _on_ping(self, payload: bytes) -> None:
+        self.send_frames(encode_frame(PONG, payload))
+
+    def _on_pong(self, payload: bytes) -> None:
+        pass  # read() has noted that the client is alive
+
+    def _on_close(self, payload: tuple[int, str]) -> None:
+        self._wind_down(LINGERING, encode_close(payload[0]))  # section 5.5.1: echo the code
+
+    _ON_FRAME: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
+        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, PONG: _on_pong, CLOSE: _on_close}
+
+    def tick(self, now: float) -> None:
+        """Once a second: is anything overdue?"""
+        settings = self._host.settings
+        if self._state != OPEN:
+            if now - self._changed_at > (settings.close_timeout if self._state == CLOSING else LINGER_SECONDS):
+                self.abort()
+        elif self._pending:
+            if now - self._progress_at > settings.send_timeout:
+                self.abort(f"it has taken nothing for {settings.send_timeout:g} s (send_timeout)")
+        elif not self.interest():
+            pass  # its inbox is full: its pong may be behind what we do not read
+        elif self._pinged_at:
+            if now - self._pinged_at > settings.ping_timeout:
+                self.abort(f"no answer to a ping for {settings.ping_timeout:g} s (ping_timeout)")
+        elif settings.ping_interval and now - self._heard_at > settings.ping_interval:
+            self._pinged_at = now
+            self.send_frames(encode_frame(PING, b""))
+
+    def dispose(self) -> None:
+        """Free what it holds; only once no selector knows the descriptor."""
+        with self._lock:
+            self._sock.close()
+            self._outbox, self._pending, self._parser = None, 0, None
+
+
+# 8 ─ ClientRegistry ───────────────────────────────────────────────────────────────────────────────────────────────
+# Who is connected, and to which topics. In: connections. Out: the audience of an event, as a list of its own, so
+# that nothing is ever sent, logged or called under the lock. Any thread.
+
+
+class ClientRegistry:
+    """The connected clients, by topic."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards both
+        self._topics_of: dict[Connection, tuple[str, ...]] = {}
+        self._on_topic: dict[str, dict[Connection, None]] = {}  # dicts, because they keep the order of arrival
+
+    def add(self, conn: Connection, topics: Iterable[str] = ()) -> None:
+        with self._lock:
+            self._topics_of[conn] = ()
+            for topic in topics:
+                self._join(conn, topic)
+
+    def discard(self, conn: Connection) -> None:
+        with self._lock:
+            for topic in self._topics_of.pop(conn, ()):
+                self._forget(conn, topic)
+
+    def join(self, conn: Connection, topic: str) -> None:
+        """Nothing if the connection has left: a handler may be later than its client."""
+        with self._lock:
+            if conn in self._topics_of:
+                self._join(conn, topic)
+
+    def leave(self, conn: Connection, topic: str) -> None:
+        with self._lock:
+            topics = self._topics_of.get(conn, ())
+            if topic in topics:
+                self._topics_of[conn] = tuple(other for other in topics if other != topic)
+                self._forget(conn, topic)
+
+    def _join(self, conn: Connection, topic: str) -> None:
+        members = self._on_topic.setdefault(topic, {})
+        if conn not in members:
+            members[conn] = None
+            self._topics_of[conn] += (topic,)
+
+    def _forget(self, conn: Connection, topic: str) -> None:
+        members = self._on_topic[topic]
+        del members[conn]
+        if not members:  # topics come and go with users: an empty one must not stay
+            del self._on_topic[topic]
+
+    def audience(self, to: Sequence[str] = ()) -> list[Connection]:
+        """Who is on any of the topics, each once; everyone if there are none."""
+        with self._lock:
+            if not to:
+                return list(self._topics_of)
+            if len(to) == 1:
+                return list(self._on_topic.get(to[0], ()))
+            return list({conn: None for topic in to for conn in self._on_topic.get(topic, ())})
+
+    def __len__(self) -> int:
+        return len(self._topics_of)
+
+
+# 9 ─ The server ───────────────────────────────────────────────────────────────────────────────────────────────────
+# The accept and handshake threads are those of the websocket_server package; this replaces in it, and why:
+#   accept    its listen backlog of 5 drops connections in a rush; an accept() that fails for want of descriptors spins
+#   handshake request lines are read without limit or deadline, malformed ones end in a traceback on stderr, nothing
+#             but a closed connection tells the client what was wrong, and a page of any origin may connect
+#   reading   fragments and binary are refused, lengths and UTF-8 believed, and a thread is kept for each client
+#   sending   send() is blocking and its result ignored: one client that does not read stops the broadcast for all,
+#             and a short write corrupts the stream
+#   clients   the list is changed and iterated by all threads without a lock, and is searched for each disconnect
+
+
+class CallbackPool:
+    """Runs on_message callbacks: one at a time and in order for each connection, and never on the I/O thread."""
+
+    def __init__(self, run: Callable[[Connection, Message], None], size: int = CALLBACK_THREADS) -> None:
+        self._run, self._size = run, size
+        self._changed = threading.Condition(threading.Lock())  # guards all below
+        self._ready: deque[tuple[Connection, Inbox]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._stopping = False
+
+    def submit(self, conn: Connection, inbox: Inbox) -> None:
+        with self._changed:
+            self._ready.append((conn, inbox))
+            self._changed.notify()
+            if len(self._ready) <= self._idle or len(self._threads) >= self._size:
+                return
+            thread = threading.Thread(target=self._work, name="wsqueue-callback", daemon=True)
+            self._threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                self._changed.wait_for(lambda: self._ready or self._stopping)
+                self._idle -= 1
+                if not self._ready:
+                    return
+                conn, inbox = self._ready.popleft()
+            message = inbox.next()
+            if message is not None:
+                self._run(conn, message)
+                self.submit(conn, inbox)  # behind the others: a flood from one client does not starve them
+
+    def stop(self) -> list[threading.Thread]:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            return self._threads
+
+
+class IOThread:
+    """Every open connection is parked here: one selector, which only this thread touches.
+
+    Others call refresh(), which queues the connection for a look and interrupts the selector.
+    """
+
+    def __init__(self, registry: ClientRegistry, settings: Any, callbacks: Mapping[str, Callable[..., Any]]) -> None:
+        self.registry, self.settings, self.callbacks = registry, settings, callbacks
+        self.pool = CallbackPool(self._run_callback)
+        self._parked: dict[Connection, int] = {}  # -> what the selector waits for; 0: nothing
+        self._selector = selectors.DefaultSelector()
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._touched: deque[Connection] = deque()  # append and popleft are atomic
+        self._stop_by: float | None = None
+        self._lock = threading.Lock()  # guards _ended: nothing is parked once it is true
+        self._ended = False
+        self.thread = threading.Thread(target=self._loop, name="wsqueue-io", daemon=True)
+
+    def refresh(self, conn: Connection) -> None:
+        self._touched.append(conn)
+        if threading.current_thread() is not self.thread:
+            self._waker.set()
+
+    def park(self, conn: Connection) -> bool:
+        """False if the server has stopped: the caller keeps the connection."""
+        with self._lock:
+            if self._ended:
+                return False
+            self.refresh(conn)
+            return True
+
+    def stop(self, timeout: float) -> None:
+        """Close every connection, for at most `timeout` seconds, and end the thread."""
+        self._stop_by = time.monotonic() + timeout
+        for conn in self.registry.audience():
+            conn.close(GOING_AWAY, "the server is stopping")
+        self._waker.set()
+
+    def _loop(self) -> None:
+        next_tick = 0.0
+        while not self._finished():
+            timeout = 0.0 if self._touched else 1.0 if self._stop_by is None else 0.05
+            for key, mask in self._selector.select(timeout):
+                if key.data is None:
+                    self._waker.clear()
+                else:
+                    self._serve(key.data, mask)
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + 1.0
+                for conn in list(self._parked):
+                    conn.tick(time.monotonic())
+            while self._touched:
+                self._settle(self._touched.popleft())
+        self._selector.close()
+        self._waker.close()
+
+    def _serve(self, conn: Connection, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                conn.flush()
+            if mask & selectors.EVENT_READ:
+                conn.read(time.monotonic())
+        except Exception:  # a bug of ours with one client must not take the others down
+            log.exception("closed %s:%s", *conn.address)
+            conn.abort()
+        self._settle(conn)
+
+    def _settle(self, conn: Connection) -> None:
+        """Make the selector and the registry agree with the connection's state."""
+        before = self._parked.get(conn)
+        if conn.state != OPEN:
+            self.registry.discard(conn)
+            if conn._inbox is not None:
+                conn._inbox.close()
+        if conn.state == CLOSED:
+            if before:
+                self._selector.unregister(conn.fileno())
+            self._parked.pop(conn, None)
+            conn.dispose()
+            return
+        wanted = conn.interest()
+        if wanted == before:
+            return
+        self._parked[conn] = wanted
+        if not before and wanted:
+            self._selector.register(conn.fileno(), wanted, conn)
+        elif wanted:
+            self._selector.modify(conn.fileno(), wanted, conn)
+        elif before:
+            self._selector.unregister(conn.fileno())
+
+    def _finished(self) -> bool:
+        if self._stop_by is None or (self._parked and time.monotonic() < self._stop_by):
+            return False
+        with self._lock:
+            self._ended = not self._touched
+        for conn in list(self._parked):
+            conn.abort()
+        return self._ended and not self._parked
+
+    def deliver(self, conn: Connection, message: Message) -> None:
+        """To the route's callback, else to its handler if that still runs, else to nobody: never to other clients."""
+        inbox = conn._inbox
+        if conn.path not in self.callbacks:
+            if inbox is not None:
+                inbox.put(message)
+            return
+        if inbox is None:
+            inbox = conn._inbox = Inbox()
+        if inbox.put(message):
+            self.pool.submit(conn, inbox)
+
+    def _run_callback(self, conn: Connection, message: Message) -> None:
+        inbox = conn._inbox
+        if inbox is not None and inbox.has_room_again:
+            self.refresh(conn)
+        _run_user_code(self.callbacks[conn.path], conn, message)
+
+
+def _run_user_code(function: Callable[..., Any], conn: Connection, *args: Any) -> None:
+    try:
+        function(conn, *args)
+    except ConnectionClosed:
+        pass  # recv() said so: the client has left, and nobody need be told
+    except Exception:
+        log.exception("%r failed on %s; its connection is closed", function, conn.path)
+        conn.close(SERVER_ERROR, "the handler failed")
+
+
+# The handshake (RFC 6455, section 4.2).
+
+
+def read_head(sock: socket.socket, timeout: float) -> tuple[bytes, bytes]:
+    """An HTTP head without its blank line, and what came behind it. Raises HandshakeError, OSError."""
+    deadline, data = time.monotonic() + timeout, b""
+    while True:
+        end = data.find(b"\r\n\r\n")
+        if end > HEAD_BYTES or (end < 0 and len(data) > HEAD_BYTES):
+            raise HandshakeError("431 Request Header Fields Too Large", f"Send at most {HEAD_BYTES} bytes of headers.")
+        if end >= 0:
+            return data[:end], data[end + 4:]
+        if data and not data[:1].isalpha():
+            raise HandshakeError("400 Bad Request", "This is not HTTP. Is it wss:// to a port that speaks ws://?")
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            piece = sock.recv(HEAD_BYTES)
+        except socket.timeout:
+            raise HandshakeError("408 Request Timeout", f"Send the request within {timeout:g} s.") from None
+        if not piece:
+            raise ConnectionAbortedError("closed during the handshake")
+        data += piece
+
+
+def websocket_key(request: Request) -> str:
+    """The key of a request that is a WebSocket handshake. Raises HandshakeError."""
+    headers = request.headers
+    if request.method != "GET":
+        raise HandshakeError("405 Method Not Allowed", "This port speaks WebSocket. To publish an event, put it in the"
+                             " queue: wsqueue send EVENT JSON --queue DIR.", Allow="GET")
+    if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in headers.get("connection", "").lower():
+        raise HandshakeError("426 Upgrade Required", "This is a WebSocket server: connect with new WebSocket(url), or"
+                             " through a proxy that passes the Upgrade and Connection headers on.",
+                             Upgrade="websocket", Connection="Upgrade")
+    if headers.get("sec-websocket-version") != "13":
+        raise HandshakeError("426 Upgrade Required", "Use version 13 of the WebSocket protocol (RFC 6455).",
+                             Sec_WebSocket_Version="13")
+    key = headers.get("sec-websocket-key", "")
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+        raise HandshakeError("400 Bad Request", "Sec-WebSocket-Key must be 16 bytes in base64.")
+    return key
+
+
+def check_origin(request: Request, allowed: Sequence[str]) -> None:
+    """Browsers say which page connects, and connect to anything for any page: only the server can refuse."""
+    from urllib.parse import urlsplit
+
+    origin = request.headers.get("origin")
+    if origin is None or "*" in allowed or origin in allowed:
+        return
+    with contextlib.suppress(ValueError):
+        page = urlsplit(origin).hostname
+        if page and page == urlsplit("//" + request.headers.get("host", "")).hostname:
+            return
+    raise HandshakeError("403 Forbidden", f"Pages of {origin!r} may not connect. Add it to the setting allowed_origins"
+                         " (--allowed-origins) if they should.")
+
+
+def _refuse(sock: socket.socket, error: HandshakeError) -> None:
+    body = f"{error}\n".encode("latin-1", "replace")
+    headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "Connection": "close", **error.headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    sock.settimeout(LINGER_SECONDS)
+    sock.sendall(f"HTTP/1.1 {error.status}\r\n{lines}\r\n".encode("latin-1") + body)
+    # Closing with unread data sends a reset, which overtakes the answer. Read on, within reason.
+    sock.shutdown(socket.SHUT_WR)
+    deadline = time.monotonic() + LINGER_SECONDS
+    while sock.recv(READ_BYTES) and time.monotonic() < deadline:
+        pass
+
+
+class _Handshake:
+    """Mixed into websocket_server.WebSocketHandler; it lives in the handshake thread, for one request."""
+
+    request: socket.socket
+    client_address: tuple[Any, ...]
+    server: Any
+    make_handshake_response: Callable[[str], str]  # the package's 101 and its Sec-WebSocket-Accept
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
+
+    def handle(self) -> None:
+        settings = self.server.core._settings
+        try:
+            head, rest = read_head(self.request, settings.handshake_timeout)
+            request = parse_request(head)
+            key = websocket_key(request)
+            check_origin(request, settings.allowed_origins)
+        except HandshakeError as error:
+            log.info("refused %s:%s: %s %s", *self.client_address[:2], error.status, error)
+            _refuse(self.request, error)
+            self.request.close()
+            return
+        response = self.make_handshake_response(key).encode("ascii")
+        core = self.server.core
+        core._admit(Connection(self.request, self.client_address, head, core._io), response, rest)
+
+    def finish(self) -> None:
+        pass  # the package's searches its list of clients
+
+
+class _Listener:
+    """Mixed into websocket_server.WebsocketServer; it lives in the accept thread."""
+
+    request_queue_size = BACKLOG
+    socket: Any
+    core: WebSocketServer
+
+    def get_request(self) -> Any:
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in _OWN_TROUBLE:
+                log.error("cannot accept a connection: %s; raise the limit (ulimit -n)", error.strerror)
+                time.sleep(0.1)  # the connection stays in the backlog, so the selector would return at once
+            raise
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        self.core._greet(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.error("the connection of %s failed", client_address)
+
+
+def _listen(host: str, port: int) -> Any:
+    """A listening websocket_server.WebsocketServer with our accept and handshake. Raises ServerError."""
+    root, guard = logging.getLogger(), logging.NullHandler()
+    root.addHandler(guard)  # the package calls logging.basicConfig(), which leaves a configured logger alone
+    try:
+        from websocket_server import WebSocketHandler, WebsocketServer  # type: ignore[import-untyped]
+    except ImportError:
+        raise ServerError("a server needs the websocket-server package: pip install websocket-server") from None
+    finally:
+        root.removeHandler(guard)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener: Any = type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
+    except OSError as error:
+        raise ServerError(f"cannot listen on {host} port {port}: {error.strerror or error}; stop what uses it, or"
+                          " choose another with host() and port(), --host and --port (0 picks a free port)") from error
+    listener.RequestHandlerClass = type("Handshake", (_Handshake, WebSocketHandler), {})
+    return listener
+
+
+class WebSocketServer:
+    """Broadcasts the events of a queue to the WebSocket clients that are connected to it.
+
+    app: anything; kept as `server.app` for handlers. settings: those of the table SETTINGS.
+    """
+
+    _instance: ClassVar[WebSocketServer | None] = None
+    _instance_lock = threading.Lock()
+    queue_event = staticmethod(queue_event)
+
+    def __init__(self, app: Any = None, **settings: Any) -> None:
+        self.app = app
+        self._given = settings
+        self._settings = checked_settings(settings)
+        self._handlers: dict[str, Callable[[Connection], Any]] = {}
+        self._callbacks: dict[str, Callable[[Connection, Message], Any]] = {}
+        self._lifecycle = threading.Lock()  # guards _state and _greeting
+        self._state = "new"  # -> running -> stopping -> stopped -> running
+        self._stopped = threading.Event()
+        self._greeting: dict[threading.Thread, socket.socket] = {}
+        self.registry = ClientRegistry()
+
+    @classmethod
+    def get_instance(cls, app: Any = None) -> WebSocketServer:
+        """The process's one server, made at the first call."""
+        with cls._instance_lock:
+            if cls._instance is None:
+                cls._instance = cls(app)
+            if app is not None:
+                cls._instance.app = app
+            return cls._instance
+
+    # Settings and routes.
+
+    def _set(self, **settings: Any) -> WebSocketServer:
+        if self._state == "running":
+            raise ServerError("the server runs: change its settings before start()")
+        self._given.update(settings)
+        self._settings = checked_settings(self._given)
+        return self
+
+    def host(self, host: str) -> WebSocketServer:
+        return self._set(host=host)
+
+    def port(self, port: int) -> WebSocketServer:
+        return self._set(port=port)
+
+    def event_queue(self, queue: Any) -> WebSocketServer:
+        """Serve the events of this queue directory."""
+        return self._set(queue=queue)
+
+    def on(self, path: str, handler: Callable[[Connection], Any] | None = None) -> Any:
+        """Run handler(conn), in a thread of its own, when a client connects to the path; also as a decorator.
+
+        It may return, and the connection stays; or stay in conn.recv(), and keep its thread.
+        """
+        return self._route(self._handlers, path, handler)
+
+    def on_message(self, path: str, callback: Callable[[Connection, Message], Any] | None = None) -> Any:
+        """Run callback(conn, message) for each message, in order for each client; also as a decorator."""
+        return self._route(self._callbacks, path, callback)
+
+    def _route(self, table: dict[str, Any], path: str, function: Any) -> Any:
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise SettingError(f"a route must start with a slash, as /chat does: {path!r}")
+        if function is None:
+            return lambda function: self._route(table, path, function) and function
+        table[path] = function
+        return self
+
+    # Life.
+
+    def start(self, background: bool = False) -> None:
+        """Serve until stop(), SIGINT or SIGTERM; with background=True, return once the server listens.
+
+        Raises ServerError (the port), QueueError (the queue).
+        """
+        with self._lifecycle:
+            if self._state in ("running", "stopping"):
+                raise ServerError("the server runs already")
+            self._launch()
+            self._state = "running"
+        for thread in self._threads:
+            thread.start()
+        if not background:
+            self.wait()
+
+    def _launch(self) -> None:
+        settings = self._settings
+        self._listener = _listen(settings.host, settings.port)
+        self._listener.core = self
+        try:
+            self._queue = self._open_queue() if settings.queue else None
+        except BaseException:
+            self._listener.server_close()
+            raise
+        self._stopped.clear()
+        self._stopping = threading.Event()
+        self._io = IOThread(self.registry, settings, self._callbacks)
+        self._threads = [self._io.thread, threading.Thread(
+            target=self._listener.serve_forever, name="wsqueue-accept", daemon=True)]
+        if self._queue:
+            self._threads.append(threading.Thread(target=self._consume, args=(self._queue,), name="wsqueue-queue",
+                                                  daemon=True))
+
+    def _open_queue(self) -> EventQueue:
+        names = ("poll_interval", "wakeup", "max_event_bytes", "max_age")
+        queue = open_queue(self._settings.queue, **{name: getattr(self._settings, name) for name in names})
+        queue.open()
+        return queue
+
+    def wait(self) -> None:
+        """Until the server has stopped. In the main thread, SIGINT and SIGTERM stop it."""
+        import signal
+
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+        try:
+            self._stopped.wait()
+        except KeyboardInterrupt:
+            log.info("stopping")
+        finally:
+            self.stop()
+            if in_main:
+                signal.signal(signal.SIGTERM, before)
+
+    def stop(self) -> None:
+        """Finish the event in hand, say goodbye to the clients, free the queue. Any thread, any number of times."""
+        with self._lifecycle:
+            first = self._state == "running"
+            if first:
+                self._state = "stopping"
+        if first:
+            self._shut_down()
+        elif self._state == "stopping" and not threading.current_thread().name.startswith("wsqueue-"):
+            self._stopped.wait()
+
+    def _shut_down(self) -> None:
+        self._stopping.set()
+        with contextlib.suppress(OSError):
+            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes its selector; it would sleep for half a second
+        self._listener.shutdown()
+        self._listener.server_close()
+        if self._queue:
+            self._queue.wake()
+            self._join(self._threads[2:])
+        self._io.stop(self._settings.close_timeout)
+        with self._lifecycle:
+            greeting = dict(self._greeting)
+        for sock in greeting.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
+        self._join([*self._threads, *self._io.pool.stop(), *greeting])
+        if self._queue:
+            self._queue.close()
+        self._state = "stopped"
+        self._stopped.set()
+
+    def _join(self, threads: Iterable[threading.Thread]) -> None:
+        deadline = time.monotonic() + self._settings.close_timeout + 2 * LINGER_SECONDS
+        for thread in threads:
+            if thread is not threading.current_thread():  # a handler may have called stop()
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> WebSocketServer:
+        self.start(background=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def is_running(self) -> bool:
+        return self._state == "running"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host, port = self._listener.server_address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is read, not bound
+        return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+
+    def get_connections(self) -> list[Connection]:
+        return self.registry.audience()
+
+    def get_connection_count(self) -> int:
+        return len(self.registry)
+
+    # Clients: the handshake threads.
+
+    def _greet(self, sock: socket.socket, address: Any) -> None:
+        thread = threading.Thread(target=self._handshake, args=(sock, address), name="wsqueue-handshake", daemon=True)
+        with self._lifecycle:
+            self._greeting[thread] = sock
+        thread.start()
+
+    def _handshake(self, sock: socket.socket, address: Any) -> None:
+        try:
+            self._listener.finish_request(sock, address)
+        except OSError as error:
+            log.info("%s:%s left during the handshake: %s", *address[:2], error)
+            sock.close()
+        except Exception:
+            log.exception("the handshake of %s:%s failed", *address[:2])
+            sock.close()
+        finally:
+            with self._lifecycle:
+                del self._greeting[threading.current_thread()]
+
+    def _admit(self, conn: Connection, response: bytes, rest: bytes) -> None:
+        """Park the connection, and run its route's handler.
+
+        The 101 goes into the outbox before the registry knows the client, so that a broadcast from another thread
+        comes after it; and the registry knows it before the 101 is out, so that who is connected misses nothing.
+        """
+        handler = self._handlers.get(conn.path)
+        if handler and conn.path not in self._callbacks:
+            conn._inbox = Inbox()
+        conn._enqueue(response)
+        self.registry.add(conn, (conn.path,))
+        conn.flush()
+        conn.receive(rest)
+        if not self._io.park(conn):
+            self.registry.discard(conn)
+            conn.dispose()
+        elif handler:
+            _run_user_code(handler, conn)
+            if conn.path not in self._callbacks:
+                conn._inbox = None
+                self._io.refresh(conn)
+
+    # Events: the queue thread, and whoever calls broadcast().
+
+    def broadcast(self, event: str, payload: Any = None, to: Topics = None) -> None:
+        """Send an event from inside the server's process, past the queue. Raises EventError."""
+        self._fan_out([make_event(event, payload, to, time.time())])
+
+    def _consume(self, queue: EventQueue) -> None:
+        trouble = ""
+        while not self._stopping.is_set():
+            try:
+                events = queue.take()
+                if events:
+                    self._pace(self._fan_out(events))
+                    queue.done(events)  # only now: a crash repeats an event, it does not lose it
+                    continue
+                trouble = ""
+            except Exception as error:
+                if str(error) != trouble:
+                    log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
+                trouble = str(error)
+            queue.wait(self._settings.poll_interval)
+
+    def _fan_out(self, events: Iterable[Event]) -> list[Connection]:
+        """Send events, joined into one buffer for each run with the same audience; returns who lags behind."""
+        late: list[Connection] = []
+        lag = self._settings.outbox_bytes // 2
+        for to, run in itertools.groupby(events, lambda event: event.to):
+            data = b"".join([encode_frame(TEXT, event.text) for event in run])
+            late += [conn for conn in self.registry.audience(to) if conn.send_frames(data) > lag]
+        return late
+
+    def _pace(self, late: list[Connection]) -> None:
+        """Wait for clients that read, just not as fast as a burst: the queue is their buffer.
+
+        Many who lag are a busy machine, and wait is all there is to do. A few who lag are slow, and may hold up the
+        others no longer than a moment. Who takes nothing at all is not waited for; tick() closes it.
+        """
+        grace = 1.0 if len(late) * 10 >= len(self.registry) else 0.1
+        deadline = time.monotonic() + 5 * grace
+        while late and time.monotonic() < deadline and not self._stopping.wait(0.002):
+            late = [conn for conn in late if conn.keeps_up(time.monotonic(), grace)]
+
+
+# 10 ─ Tickets · 11 ─ Other event queues · 12 ─ The browser's side ──────────────────────────────────────────────────
+# Their places; not written yet.
+
+
+# 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────
+# wsqueue serve | send | listen | status. Each command returns its exit status; what a user did wrong is one line on
+# stderr: 1 for what failed, 2 for a command line that makes no sense.
+
+
+def _parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="wsqueue", description="Push events from any process to every browser.")
+    parser.add_argument("--version", action="version", version=f"wsqueue {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser("serve", help="broadcast a queue's events (the default command)")
+    for setting in SETTINGS:
+        _add_option(serve, setting)
+    send = commands.add_parser("send", help="queue an event")
+    send.add_argument("event", help="its name, such as order_paid")
+    send.add_argument("payload", nargs="?", default="null", metavar="JSON", help="its payload; - reads it from stdin")
+    send.add_argument("--to", action="append", metavar="TOPIC", help="only to clients on this topic; may be repeated")
+    send.add_argument("--durable", action="store_true", help="survive a power cut (fsync)")
+    listen = commands.add_parser("listen", help="print the messages of a server, one a line")
+    listen.add_argument("url", metavar="URL", help="such as ws://127.0.0.1:8081/")
+    listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
+    listen.add_argument("--timeout", type=float, metavar="S", help="end after S seconds; status 1 if --count is not reached")
+    status = commands.add_parser("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
+    for command in (send, status):
+        _add_option(command, _BY_NAME["queue"])
+    return parser
+
+
+def _add_option(parser: Any, setting: Setting) -> None:
+    """An option of the same name; its default is the environment's, where the setting has a variable."""
+    kind = type(setting.default)
+    option = "--" + setting.name.replace("_", "-")
+    default = os.environ.get(setting.variable) or ("ws_queue" if setting.name == "queue" else setting.default)
+    unit = f" [{setting.unit}]" if setting.unit in ("seconds", "bytes") else ""
+    variable = f", ${setting.variable}" if setting.variable else ""
+    shown = " ".join(default) if kind is tuple else default
+    text = f"{setting.meaning}{unit} (default: {shown or 'none'}{variable})".replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
+                            help=f"Turn off: {setting.meaning}")
+    else:
+        parser.add_argument(option, type=str if kind is tuple else kind, default=default, help=text,
+                            action="append" if kind is tuple else "store", metavar=setting.unit.upper())
+
+
+def _serve(options: Any) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    given = {setting.name: getattr(options, setting.name) for setting in SETTINGS}
+    server = WebSocketServer(**given)
+    server.start(background=True)
+    print(f"listening on {server.url}", flush=True)
+    log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
+    server.wait()
+    return 0
+
+
+def _send(options: Any) -> int:
+    text = sys.stdin.read() if options.payload == "-" else options.payload
+    try:
+        payload = json.loads(text)
+    except ValueError as error:
+        raise SettingError(f"the payload is not JSON ({error}); text needs its quotes: '\"hello\"'") from None
+    open_queue(options.queue).put([(options.event, payload)], to=options.to, durable=options.durable)
+    return 0
+
+
+def _status(options: Any) -> int:
+    backlog = DirectoryQueue(options.queue).backlog()
+    pid = serving_process(options.queue)
+    print(f"queue    {os.path.abspath(options.queue)}")
+    print(f"server   {f'process {pid}' if pid else 'none: start one with wsqueue serve'}")
+    print(f"backlog  {backlog.waiting}" + (f", the oldest waits for {backlog.oldest:.1f} s" if backlog.waiting else ""))
+    print(f"failed   {backlog.failed}" + (", see failed/*.reason" if backlog.failed else ""))
+    return 0 if pid else 1
+
+
+def _listen_command(options: Any) -> int:
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    received = 0
+    try:
+        for message in receive_messages(options.url, deadline):
+            print(message if isinstance(message, str) else message.hex(), flush=True)
+            received += 1
+            if received == options.count:
+                break
+    except (TimeoutError, socket.timeout):
+        return 1 if options.count else 0
+    return 1 if options.count and received < options.count else 0
+
+
+def receive_messages(url: str, deadline: float | None) -> Iterator[Message]:
+    """The messages of a server until it closes. Raises ServerError; TimeoutError at the deadline (monotonic)."""
+    sock, data = _connect(url, deadline)
+    parser = FrameParser(masked=False, max_bytes=64 * MIB)
+    with sock:
+        while True:
+            for opcode, payload in parser.feed(data):
+                if opcode in (TEXT, BINARY):
+                    yield payload
+                elif opcode == PING:
+                    sock.sendall(encode_frame(PONG, payload, mask=os.urandom(4)))
+                elif opcode == CLOSE:
+                    sock.sendall(encode_frame(CLOSE, b"", mask=os.urandom(4)))
+                    return
+            sock.settimeout(_remaining(deadline))
+            data = sock.recv(READ_BYTES)
+            if not data:
+                raise ServerError(f"{url} closed the connection without saying goodbye")
+
+
+def _remaining(deadline: float | None) -> float | None:
+    if deadline is None:
+        return None
+    if time.monotonic() >= deadline:
+        raise TimeoutError
+    return deadline - time.monotonic()
+
+
+def _connect(url: str, deadline: float | None) -> tuple[socket.socket, bytes]:
+    """The client's side of the handshake (RFC 6455, section 4.1): the socket, and what came behind the 101."""
+    from base64 import b64encode
+    from urllib.parse import urlsplit
+
+    target = urlsplit(url)
+    if target.scheme not in ("ws", "wss") or not target.hostname:
+        raise SettingError(f"{url!r} is not a WebSocket URL such as ws://127.0.0.1:8081/")
+    try:
+        port = target.port or (443 if target.scheme == "wss" else 80)
+        sock = socket.create_connection((target.hostname, port), _remaining(deadline))
+        if target.scheme == "wss":
+            import ssl
+
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=target.hostname)
+        path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+        key = b64encode(os.urandom(16)).decode()
+        sock.sendall((f"GET {path} HTTP/1.1\r\nHost: {target.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                      f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode())
+        head, rest = read_head(sock, _remaining(deadline) or 10.0)
+    except (OSError, HandshakeError, ValueError) as error:
+        raise ServerError(f"cannot connect to {url}: {error}") from error
+    if not head.startswith(b"HTTP/1.1 101"):
+        raise ServerError(f"{url} answered {head.splitlines()[0].decode('latin-1')}: {rest.decode('latin-1').strip()}")
+    return sock, rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        arguments.insert(0, "serve")
+    options = _parser().parse_args(arguments)
+    run = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status}[options.command]
+    try:
+        return run(options)
+    except SettingError as error:
+        print(f"wsqueue: {error}", file=sys.stderr)
+        return 2
+    except WsqueueError as error:
+        print(f"wsqueue: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `wsqueue listen URL | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more at exit
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
