@@ -188,7 +188,8 @@ def _checked(setting: Setting, value: Any) -> Any:
     if type(value) is not kind:
         raise SettingError(f"setting {setting.name} must be of type {kind.__name__}, not {type(value).__name__}")
     if kind in (int, float) and not setting.least <= value < float("inf"):
-        raise SettingError(f"setting {setting.name} must be at least {setting.least:g} {setting.unit}, not {value}")
+        unit = f" {setting.unit}" if setting.unit in ("seconds", "bytes") else ""
+        raise SettingError(f"setting {setting.name} must be at least {setting.least:g}{unit}, not {value}")
     if setting.name == "port" and value > 65535:
         raise SettingError(f"setting port must be at most 65535, not {value}")
     return value
@@ -337,37 +338,22 @@ class Backlog(NamedTuple):
     failed: int  # set aside because they could not be understood
 
 
-class EventQueue:
-    """The contract of every queue. put() serves producers, the rest is for the one thread that consumes.
+class EventQueue(Protocol):
+    """The contract of every queue: put() is for producers, the rest for the one thread that consumes.
 
-    take() returns the next events in order, and returns the same ones again after a crash unless done() was called
-    for them. wait() returns after `timeout` seconds, or earlier when there may be something to take or wake() was
-    called. All raise QueueError with a remedy.
+    take() returns the next events in order, and the same ones again after a crash, until done() is called for them.
+    wait() returns after `timeout` seconds, or earlier when there may be something to take or wake() is called, which
+    any thread may do. All raise QueueError with a remedy.
     """
 
-    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
-        raise NotImplementedError
-
-    def open(self) -> None:
-        raise NotImplementedError
-
-    def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
-        raise NotImplementedError
-
-    def done(self, events: Iterable[Event]) -> None:
-        raise NotImplementedError
-
-    def wait(self, timeout: float) -> None:
-        raise NotImplementedError
-
-    def wake(self) -> None:
-        raise NotImplementedError
-
-    def backlog(self) -> Backlog:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
+    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None: ...
+    def open(self) -> None: ...
+    def take(self, max_bytes: int = TICK_BYTES) -> list[Event]: ...
+    def done(self, events: Iterable[Event]) -> None: ...
+    def wait(self, timeout: float) -> None: ...
+    def wake(self) -> None: ...
+    def backlog(self) -> Backlog: ...
+    def close(self) -> None: ...
 
 
 # Names and stamps. A stamp is an integer: microseconds since the epoch.
@@ -433,8 +419,7 @@ _OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # ours
 _LOCK_NAME = ".wsqueue.lock"
 
 
-def _write_file(path: str, data: bytes, flags: int = _CREATE, durable: bool = False) -> None:
-    fd = os.open(path, flags, 0o666)  # the umask decides who may read it, as for every file of the producer
+def _write(fd: int, data: bytes, durable: bool = False) -> None:
     try:
         view = memoryview(data)
         while view:
@@ -445,29 +430,20 @@ def _write_file(path: str, data: bytes, flags: int = _CREATE, durable: bool = Fa
         os.close(fd)
 
 
-def _sync_directory(path: str) -> None:
-    """Without it a power cut may forget the rename (fsync(2))."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _publish(directory: str, data: bytes, durable: bool) -> None:
     """Whole or not at all: the temporary file is in the same directory, so the rename is atomic."""
     name = _NAMES.next()
     temporary = f"{directory}/.{name}.tmp"
+    fd = os.open(temporary, _CREATE, 0o666)  # the umask decides who may read it, as for every file of the producer
     try:
-        _write_file(temporary, data, durable=durable)
+        _write(fd, data, durable)
         os.rename(temporary, f"{directory}/{name}")
-    except BaseException as error:
-        if not isinstance(error, FileNotFoundError):
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
-    if durable:
-        _sync_directory(directory)
+    if durable:  # without it a power cut may forget the rename (fsync(2))
+        _write(os.open(directory, os.O_RDONLY), b"", durable)
 
 
 # One consumer.
@@ -607,17 +583,15 @@ def _watch(directory: str) -> _Inotify | _Kqueue | None:
         return None
 
 
-class _Suspect:
-    """A file that did not parse: since when it is known, and since when it has not changed (seconds, monotonic)."""
+class _Suspect(NamedTuple):
+    """A file that did not parse."""
 
-    __slots__ = ("first_seen", "signature", "unchanged_since")
-
-    def __init__(self, now: float) -> None:
-        self.first_seen = self.unchanged_since = now
-        self.signature: Any = None
+    first_seen: float  # seconds, monotonic
+    signature: Any
+    unchanged_since: float
 
 
-class DirectoryQueue(EventQueue):
+class DirectoryQueue:
     """The queue directory. Options are the settings of the same names; the clocks are there for tests."""
 
     def __init__(self, path: str, *, poll_interval: float = 0.1, wakeup: bool = True, max_event_bytes: int = MIB,
@@ -636,8 +610,8 @@ class DirectoryQueue(EventQueue):
         records = [encode_record(name, payload, to, now) for name, payload in events]
         data = records[0] if len(records) == 1 else b"[" + b",\n".join(records) + b"]"
         if len(data) > self.max_event_bytes:
-            raise EventError(f"{len(records)} event(s) of {len(data)} bytes together, more than the {self.max_event_bytes}"
-                             " of max_event_bytes: send less, or a reference to it")
+            raise EventError(f"{len(data)} bytes in {len(records)} event(s), more than the {self.max_event_bytes} of"
+                             " max_event_bytes: send less, or a reference to it")
         if not records:
             return
         try:
@@ -726,6 +700,10 @@ class DirectoryQueue(EventQueue):
                     self._pending.clear()  # nothing may overtake it; look again at the next tick
                     break
                 events = []
+            except QueueError:
+                if taken:
+                    break  # these first; then the trouble
+                raise
             self._pending.pop()
             taken += events
             size += sum(len(event.text) for event in events)
@@ -850,15 +828,14 @@ class DirectoryQueue(EventQueue):
 
     def _must_wait_for(self, name: str, reason: str) -> bool:
         """Not yet is not never: PHP and shell redirection write non-atomically."""
-        now = self._monotonic()
-        suspect = self._suspects.setdefault(name, _Suspect(now))
-        signature = self._signature(name)
-        if signature != suspect.signature:
-            suspect.signature, suspect.unchanged_since = signature, now
-        elif now - suspect.unchanged_since >= GIVE_UP_SECONDS:
+        now, signature = self._monotonic(), self._signature(name)
+        known = self._suspects.get(name) or _Suspect(now, signature, now)
+        unchanged_since = known.unchanged_since if signature == known.signature else now
+        if now - unchanged_since >= GIVE_UP_SECONDS:
             self._set_aside(name, reason)
             return False
-        return now - suspect.first_seen < self._hold
+        self._suspects[name] = _Suspect(known.first_seen, signature, unchanged_since)
+        return now - known.first_seen < self._hold
 
     def _signature(self, name: str) -> Any:
         try:
@@ -913,7 +890,7 @@ class DirectoryQueue(EventQueue):
             return
         log.error("%r is not an event: %s. It is now %r; mend it and move it back", name, reason, target)
         with contextlib.suppress(OSError):  # a full disk, a name of 255 bytes: the log has the reason
-            _write_file(f"{target}.reason", f"{reason}\n".encode("utf-8", "replace"))
+            _write(os.open(f"{target}.reason", _CREATE, 0o666), f"{reason}\n".encode("utf-8", "replace"))
         self._trim_failed(failed)
 
     def _trim_failed(self, failed: str) -> None:
@@ -935,7 +912,7 @@ _ENGINES: dict[str, Callable[..., EventQueue]] = {"": DirectoryQueue}
 
 def open_queue(queue: Any, **options: Any) -> EventQueue:
     """The queue at a directory path; its put() raises, for those who want to know why. Raises QueueError."""
-    if isinstance(queue, EventQueue):
+    if isinstance(queue, DirectoryQueue):
         return queue
     try:
         location = os.fsdecode(queue)
@@ -1237,10 +1214,10 @@ class Connection:
     __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_inbox", "_lock", "_outbox", "_parser",
                  "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "address", "path", "user")
 
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...], head: bytes, host: Host) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], path: str, head: bytes, host: Host) -> None:
         sock.setblocking(False)
         self._sock, self._head, self._host = sock, head, host  # the head is parsed again when asked for: 1 KB saved
-        self.path = sys.intern(parse_request(head).path)
+        self.path = sys.intern(path)
         self.address = address[:2]
         self.user: Any = None
         self._lock = threading.Lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
@@ -1307,7 +1284,7 @@ class Connection:
 
     # Sending: any thread.
 
-    def send_frames(self, data: bytes) -> int:
+    def send_frames(self, data: bytes | memoryview) -> int:
         """Send encoded frames. Returns the bytes that now wait, or -1 if the connection is not open."""
         with self._lock:
             if self._state != OPEN:
@@ -1322,7 +1299,7 @@ class Connection:
                 if sent == len(data) and self._state == OPEN:
                     return 0
                 self._progress_at = time.monotonic()
-                data = data[sent:]
+                data = memoryview(data)[sent:]  # no copy: thousands may wait for the rest of the same buffer
             too_slow = self._pending > self._host.settings.outbox_bytes
             if not too_slow and data:
                 self._enqueue(data)
@@ -1331,7 +1308,7 @@ class Connection:
         self._host.refresh(self)
         return self._pending if self._state == OPEN else -1
 
-    def _enqueue(self, data: bytes) -> None:
+    def _enqueue(self, data: bytes | memoryview) -> None:
         if self._outbox is None:
             self._outbox = deque()
         self._outbox.append(data)
@@ -1743,7 +1720,7 @@ def websocket_key(request: Request) -> str:
     if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in headers.get("connection", "").lower():
         raise HandshakeError("426 Upgrade Required", "This is a WebSocket server: connect with new WebSocket(url), or"
                              " through a proxy that passes the Upgrade and Connection headers on.",
-                             Upgrade="websocket", Connection="Upgrade")
+                             Upgrade="websocket", Connection="Upgrade, close")
     if headers.get("sec-websocket-version") != "13":
         raise HandshakeError("426 Upgrade Required", "Use version 13 of the WebSocket protocol (RFC 6455).",
                              Sec_WebSocket_Version="13")
@@ -1777,8 +1754,9 @@ def _refuse(sock: socket.socket, error: HandshakeError) -> None:
     # Closing with unread data sends a reset, which overtakes the answer. Read on, within reason.
     sock.shutdown(socket.SHUT_WR)
     deadline = time.monotonic() + LINGER_SECONDS
-    while sock.recv(READ_BYTES) and time.monotonic() < deadline:
-        pass
+    with contextlib.suppress(socket.timeout):
+        while sock.recv(READ_BYTES) and time.monotonic() < deadline:
+            pass
 
 
 class _Handshake:
@@ -1806,7 +1784,7 @@ class _Handshake:
             return
         response = self.make_handshake_response(key).encode("ascii")
         core = self.server.core
-        core._admit(Connection(self.request, self.client_address, head, core._io), response, rest)
+        core._admit(Connection(self.request, self.client_address, request.path, head, core._io), response, rest)
 
     def finish(self) -> None:
         pass  # the package's searches its list of clients
@@ -1848,9 +1826,12 @@ def _listen(host: str, port: int) -> Any:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener: Any = type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
-    except OSError as error:
-        raise ServerError(f"cannot listen on {host} port {port}: {error.strerror or error}; stop what uses it, or"
-                          " choose another with host() and port(), --host and --port (0 picks a free port)") from error
+    except (OSError, UnicodeError) as error:
+        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        remedy = ("stop what uses it, or choose another port with port() or --port (0 picks a free one)" if taken else
+                  "give an address of this machine with host() or --host")
+        reason = getattr(error, "strerror", None) or error
+        raise ServerError(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
     listener.RequestHandlerClass = type("Handshake", (_Handshake, WebSocketHandler), {})
     return listener
 
@@ -1927,22 +1908,40 @@ class WebSocketServer:
 
     # Life.
 
-    def start(self, background: bool = False) -> None:
-        """Serve until stop(), SIGINT or SIGTERM; with background=True, return once the server listens.
+    def start(self, background: bool = False, ready: Callable[[], Any] | None = None) -> None:
+        """Serve until stop(); in the main thread, SIGINT and SIGTERM stop it, too. ready() is called once it listens.
 
-        Raises ServerError (the port), QueueError (the queue).
+        With background=True, return once it listens. Raises ServerError (the port), QueueError (the queue).
         """
+        import signal
+
+        if background:
+            self._launch()
+            return
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+        try:
+            self._launch()
+            if ready:
+                ready()
+            self._stopped.wait()
+        except KeyboardInterrupt:
+            log.info("stopping")
+        finally:
+            self.stop()
+            if in_main:
+                signal.signal(signal.SIGTERM, before)
+
+    def _launch(self) -> None:
         with self._lifecycle:
             if self._state in ("running", "stopping"):
                 raise ServerError("the server runs already")
-            self._launch()
+            self._prepare()
             self._state = "running"
-        for thread in self._threads:
-            thread.start()
-        if not background:
-            self.wait()
+            for thread in self._threads:
+                thread.start()
 
-    def _launch(self) -> None:
+    def _prepare(self) -> None:
         settings = self._settings
         self._listener = _listen(settings.host, settings.port)
         self._listener.core = self
@@ -1965,21 +1964,6 @@ class WebSocketServer:
         queue = open_queue(self._settings.queue, **{name: getattr(self._settings, name) for name in names})
         queue.open()
         return queue
-
-    def wait(self) -> None:
-        """Until the server has stopped. In the main thread, SIGINT and SIGTERM stop it."""
-        import signal
-
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
-        try:
-            self._stopped.wait()
-        except KeyboardInterrupt:
-            log.info("stopping")
-        finally:
-            self.stop()
-            if in_main:
-                signal.signal(signal.SIGTERM, before)
 
     def stop(self) -> None:
         """Finish the event in hand, say goodbye to the clients, free the queue. Any thread, any number of times."""
@@ -2046,9 +2030,9 @@ class WebSocketServer:
 
     def _greet(self, sock: socket.socket, address: Any) -> None:
         thread = threading.Thread(target=self._handshake, args=(sock, address), name="wsqueue-handshake", daemon=True)
-        with self._lifecycle:
+        with self._lifecycle:  # the thread's end waits for it, too
+            thread.start()
             self._greeting[thread] = sock
-        thread.start()
 
     def _handshake(self, sock: socket.socket, address: Any) -> None:
         try:
@@ -2154,7 +2138,8 @@ def _parser() -> Any:
     listen = commands.add_parser("listen", help="print the messages of a server, one a line")
     listen.add_argument("url", metavar="URL", help="such as ws://127.0.0.1:8081/")
     listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
-    listen.add_argument("--timeout", type=float, metavar="S", help="end after S seconds; status 1 if --count is not reached")
+    listen.add_argument("--timeout", type=float, metavar="S",
+                        help="end after S seconds; status 1 if --count is not reached")
     status = commands.add_parser("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
     for command in (send, status):
         _add_option(command, _BY_NAME["queue"])
@@ -2168,24 +2153,21 @@ def _add_option(parser: Any, setting: Setting) -> None:
     default = os.environ.get(setting.variable) or ("ws_queue" if setting.name == "queue" else setting.default)
     unit = f" [{setting.unit}]" if setting.unit in ("seconds", "bytes") else ""
     variable = f", ${setting.variable}" if setting.variable else ""
-    shown = " ".join(default) if kind is tuple else default
-    text = f"{setting.meaning}{unit} (default: {shown or 'none'}{variable})".replace("%", "%%")
+    text = f"{setting.meaning}{unit} (default: {'none' if default in ('', ()) else default}{variable})"
     if kind is bool:
         parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                             help=f"Turn off: {setting.meaning}")
     else:
-        parser.add_argument(option, type=str if kind is tuple else kind, default=default, help=text,
-                            action="append" if kind is tuple else "store", metavar=setting.unit.upper())
+        parser.add_argument(option, type=str if kind is tuple else kind, default=None if kind is tuple else default,
+                            action="append" if kind is tuple else "store", metavar=setting.unit.upper(), help=text)
 
 
 def _serve(options: Any) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    given = {setting.name: getattr(options, setting.name) for setting in SETTINGS}
+    given = {name: value for name, value in vars(options).items() if name in _BY_NAME and value is not None}
     server = WebSocketServer(**given)
-    server.start(background=True)
-    print(f"listening on {server.url}", flush=True)
     log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
-    server.wait()
+    server.start(ready=lambda: print(f"listening on {server.url}", flush=True))
     return 0
 
 
@@ -2200,7 +2182,7 @@ def _send(options: Any) -> int:
 
 
 def _status(options: Any) -> int:
-    backlog = DirectoryQueue(options.queue).backlog()
+    backlog = open_queue(options.queue).backlog()
     pid = serving_process(options.queue)
     print(f"queue    {os.path.abspath(options.queue)}")
     print(f"server   {f'process {pid}' if pid else 'none: start one with wsqueue serve'}")
