@@ -648,8 +648,8 @@ class DirectoryQueue:
             if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
                 raise QueueError(f"queue directory {self.path} must be readable and writable for user id {os.getuid()}:"
                                  " sent events are removed from it")
+            status = os.stat(self.path)  # before the lock: if the directory is replaced in between, a scan sees it
             self._lock_fd = _lock_directory(self.path)
-            status = os.stat(self.path)
         except OSError as error:
             raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}") from error
         self._identity = (status.st_dev, status.st_ino)
@@ -1749,18 +1749,18 @@ def _refuse(sock: socket.socket, error: HandshakeError) -> None:
     body = f"{error}\n".encode("latin-1", "replace")
     headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "Connection": "close", **error.headers}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    sock.settimeout(LINGER_SECONDS)
-    sock.sendall(f"HTTP/1.1 {error.status}\r\n{lines}\r\n".encode("latin-1") + body)
-    # Closing with unread data sends a reset, which overtakes the answer. Read on, within reason.
-    sock.shutdown(socket.SHUT_WR)
-    deadline = time.monotonic() + LINGER_SECONDS
-    with contextlib.suppress(socket.timeout):
+    with sock, contextlib.suppress(OSError):  # a peer that has gone, or reads nothing
+        sock.settimeout(LINGER_SECONDS)
+        sock.sendall(f"HTTP/1.1 {error.status}\r\n{lines}\r\n".encode("latin-1") + body)
+        # Closing with unread data sends a reset, which overtakes the answer. Read on, within reason.
+        sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
         while sock.recv(READ_BYTES) and time.monotonic() < deadline:
             pass
 
 
 class _Handshake:
-    """Mixed into websocket_server.WebSocketHandler; it lives in the handshake thread, for one request."""
+    """Mixed into websocket_server.WebSocketHandler; it lives for one request."""
 
     request: socket.socket
     client_address: tuple[Any, ...]
@@ -1771,7 +1771,8 @@ class _Handshake:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
 
     def handle(self) -> None:
-        settings = self.server.core._settings
+        core = self.server.core
+        settings = core._settings
         try:
             head, rest = read_head(self.request, settings.handshake_timeout)
             request = parse_request(head)
@@ -1779,11 +1780,9 @@ class _Handshake:
             check_origin(request, settings.allowed_origins)
         except HandshakeError as error:
             log.info("refused %s:%s: %s %s", *self.client_address[:2], error.status, error)
-            _refuse(self.request, error)
-            self.request.close()
+            core._spawn(_refuse, self.request, error)  # it lingers, which the accept thread must not
             return
         response = self.make_handshake_response(key).encode("ascii")
-        core = self.server.core
         core._admit(Connection(self.request, self.client_address, request.path, head, core._io), response, rest)
 
     def finish(self) -> None:
@@ -1807,10 +1806,18 @@ class _Listener:
             raise
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        self.core._greet(request, client_address)
+        """In a rush, requests are here before they are accepted: answering at once is 4 times faster than a thread."""
+        try:
+            at_once = b"\r\n\r\n" in request.recv(HEAD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            at_once = False
+        if at_once:
+            self.core._greet(request, client_address)
+        else:
+            self.core._spawn(self.core._greet, request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("the connection of %s failed", client_address)
+        log.error("the connection of %s failed: %s", client_address, sys.exc_info()[1])
 
 
 def _listen(host: str, port: int) -> Any:
@@ -1852,10 +1859,10 @@ class WebSocketServer:
         self._settings = checked_settings(settings)
         self._handlers: dict[str, Callable[[Connection], Any]] = {}
         self._callbacks: dict[str, Callable[[Connection, Message], Any]] = {}
-        self._lifecycle = threading.Lock()  # guards _state and _greeting
+        self._lifecycle = threading.Lock()  # guards _state and _spawned
         self._state = "new"  # -> running -> stopping -> stopped -> running
         self._stopped = threading.Event()
-        self._greeting: dict[threading.Thread, socket.socket] = {}
+        self._spawned: dict[threading.Thread, Any] = {}  # -> the socket or connection it works for
         self.registry = ClientRegistry()
 
     @classmethod
@@ -1987,11 +1994,12 @@ class WebSocketServer:
             self._join(self._threads[2:])
         self._io.stop(self._settings.close_timeout)
         with self._lifecycle:
-            greeting = dict(self._greeting)
-        for sock in greeting.values():
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)
-        self._join([*self._threads, *self._io.pool.stop(), *greeting])
+            spawned = dict(self._spawned)
+        for owner in spawned.values():
+            if isinstance(owner, socket.socket):
+                with contextlib.suppress(OSError):
+                    owner.shutdown(socket.SHUT_RD)
+        self._join([*self._threads, *self._io.pool.stop(), *spawned])
         if self._queue:
             self._queue.close()
         self._state = "stopped"
@@ -2026,15 +2034,23 @@ class WebSocketServer:
     def get_connection_count(self) -> int:
         return len(self.registry)
 
-    # Clients: the handshake threads.
+    # Clients: the accept thread, or a thread of their own.
 
-    def _greet(self, sock: socket.socket, address: Any) -> None:
-        thread = threading.Thread(target=self._handshake, args=(sock, address), name="wsqueue-handshake", daemon=True)
+    def _spawn(self, run: Callable[..., Any], owner: Any, *args: Any) -> None:
+        """run(owner, *args) in a thread that stop() knows of; a socket that it owns is still in the handshake."""
+        def work() -> None:
+            try:
+                run(owner, *args)
+            finally:
+                with self._lifecycle:
+                    del self._spawned[threading.current_thread()]
+
+        thread = threading.Thread(target=work, name="wsqueue-handshake", daemon=True)
         with self._lifecycle:  # the thread's end waits for it, too
             thread.start()
-            self._greeting[thread] = sock
+            self._spawned[thread] = owner
 
-    def _handshake(self, sock: socket.socket, address: Any) -> None:
+    def _greet(self, sock: socket.socket, address: Any) -> None:
         try:
             self._listener.finish_request(sock, address)
         except OSError as error:
@@ -2043,9 +2059,6 @@ class WebSocketServer:
         except Exception:
             log.exception("the handshake of %s:%s failed", *address[:2])
             sock.close()
-        finally:
-            with self._lifecycle:
-                del self._greeting[threading.current_thread()]
 
     def _admit(self, conn: Connection, response: bytes, rest: bytes) -> None:
         """Park the connection, and run its route's handler.
@@ -2064,10 +2077,13 @@ class WebSocketServer:
             self.registry.discard(conn)
             conn.dispose()
         elif handler:
-            _run_user_code(handler, conn)
-            if conn.path not in self._callbacks:
-                conn._inbox = None
-                self._io.refresh(conn)
+            self._spawn(self._run_handler, conn, handler)
+
+    def _run_handler(self, conn: Connection, handler: Callable[[Connection], Any]) -> None:
+        _run_user_code(handler, conn)
+        if conn.path not in self._callbacks:
+            conn._inbox = None  # nobody consumes messages any more
+            self._io.refresh(conn)
 
     # Events: the queue thread, and whoever calls broadcast().
 
