@@ -28,10 +28,11 @@ The disk format, a contract with producers in every language:
 Events go out in the order of the 13 hexadecimal digits after the name's first "_" (PHP's uniqid(): seconds and
 microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
-Threads: accept (one), handshake (one per new connection, until its handler returns), I/O (one: every open
-connection is parked with it), queue (one daemon), and up to 16 for on_message callbacks, only where there are
-any. Lock order: queue (flock) > registry > connection; an inbox's lock is a leaf. No lock is held while user code
-runs, while something is logged, or, but for a connection's own, while something is sent.
+Threads: accept (one; it also answers a handshake whose request is here already), handshake (one for each request
+that is still to come, and one for each handler while it runs), I/O (one: every open connection is parked with it),
+queue (one daemon), and up to 16 for on_message callbacks, only where there are any. Lock order: queue (flock) >
+registry > connection; an inbox's lock is a leaf. No lock is held while user code runs, while something is logged,
+or, but for a connection's own, while something is sent.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
@@ -85,6 +86,7 @@ FAILED_FILES = 1000       # kept in failed/; beyond it the oldest tenth goes
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
+SHARED_LOCK = 32          # connections to one lock: a handler's send() waits for as many sends of a broadcast at most
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
 
 
@@ -679,8 +681,10 @@ class DirectoryQueue:
         while True:
             ready = self._selector.select(max(0.0, deadline - self._monotonic()))
             fds = [key.fd for key, _ in ready]
-            if not ready or self._waker.fileno() in fds:
+            if self._waker.fileno() in fds:
                 self._waker.clear()
+                return
+            if not ready:
                 return
             if self._watcher and self._watcher.fd in fds and self._watcher.consume():
                 return
@@ -1105,8 +1109,8 @@ class FrameParser:
 
 # 7 ─ Connection ───────────────────────────────────────────────────────────────────────────────────────────────────
 # One client. Who touches what: only the I/O thread reads the socket, parses, and closes the descriptor (so that its
-# number cannot be reused while another thread sends); any thread may send, under the connection's own lock, which
-# guards the sending side and the state. Promises: send() never waits, and what waits to be sent is bounded.
+# number cannot be reused while another thread sends); any thread may send, under the connection's lock, which guards
+# the sending side and the state. Promises: send() never waits, and what waits to be sent is bounded.
 
 
 class Request(NamedTuple):
@@ -1192,6 +1196,9 @@ class Host(Protocol):
     settings: Any
     registry: ClientRegistry
 
+    def sending_lock(self) -> threading.Lock:
+        """A new connection's lock."""
+
     def refresh(self, conn: Connection) -> None:
         """Any thread: the connection's state, or what it waits for, has changed."""
 
@@ -1220,7 +1227,7 @@ class Connection:
         self.path = sys.intern(path)
         self.address = address[:2]
         self.user: Any = None
-        self._lock = threading.Lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
+        self._lock = host.sending_lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
         self._state = OPEN
         self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
         self._pending = 0  # bytes in it
@@ -1298,7 +1305,6 @@ class Connection:
                     sent, self._state = len(data), CLOSED
                 if sent == len(data) and self._state == OPEN:
                     return 0
-                self._progress_at = time.monotonic()
                 data = memoryview(data)[sent:]  # no copy: thousands may wait for the rest of the same buffer
             too_slow = self._pending > self._host.settings.outbox_bytes
             if not too_slow and data:
@@ -1310,7 +1316,7 @@ class Connection:
 
     def _enqueue(self, data: bytes | memoryview) -> None:
         if self._outbox is None:
-            self._outbox = deque()
+            self._outbox, self._progress_at = deque(), time.monotonic()
         self._outbox.append(data)
         self._pending += len(data)
 
@@ -1369,6 +1375,10 @@ class Connection:
     @property
     def state(self) -> int:
         return self._state
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._pending
 
     def interest(self) -> int:
         """What a selector should wait for."""
@@ -1440,6 +1450,40 @@ class Connection:
         with self._lock:
             self._sock.close()
             self._outbox, self._pending, self._parser = None, 0, None
+
+
+def send_to_all(audience: Iterable[Connection], data: bytes) -> list[Connection]:
+    """send_frames() to each; returns those for whom something waits now.
+
+    Connections that came one after another share a lock, so that the broadcast takes one for many of them: a lock for
+    each, and a call of send_frames(), would cost a sixth of the whole.
+    """
+    size, unfinished, lock = len(data), [], threading.Lock()
+    lock.acquire()
+    try:
+        for conn in audience:
+            if conn._lock is not lock:
+                lock.release()
+                lock = conn._lock
+                lock.acquire()
+            sent = 0
+            if not conn._pending and conn._state == OPEN:
+                try:
+                    sent = conn._sock.send(data)
+                except OSError:
+                    pass  # would block, or is gone: send_frames() finds out
+            if sent != size:
+                unfinished.append((conn, sent))
+                if sent:
+                    conn._enqueue(memoryview(data)[sent:])
+    finally:
+        lock.release()
+    for conn, sent in unfinished:
+        if sent:
+            conn._host.refresh(conn)
+        else:
+            conn.send_frames(data)
+    return [conn for conn, _ in unfinished]
 
 
 # 8 ─ ClientRegistry ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -1571,6 +1615,8 @@ class IOThread:
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._touched: deque[Connection] = deque()  # append and popleft are atomic
+        self._arrivals = itertools.count()
+        self._shared_lock = threading.Lock()
         self._stop_by: float | None = None
         self._lock = threading.Lock()  # guards _ended: nothing is parked once it is true
         self._ended = False
@@ -1580,6 +1626,11 @@ class IOThread:
         self._touched.append(conn)
         if threading.current_thread() is not self.thread:
             self._waker.set()
+
+    def sending_lock(self) -> threading.Lock:
+        if next(self._arrivals) % SHARED_LOCK == 0:
+            self._shared_lock = threading.Lock()
+        return self._shared_lock
 
     def park(self, conn: Connection) -> bool:
         """False if the server has stopped: the caller keeps the connection."""
@@ -2113,7 +2164,7 @@ class WebSocketServer:
         lag = self._settings.outbox_bytes // 2
         for to, run in itertools.groupby(events, lambda event: event.to):
             data = b"".join([encode_frame(TEXT, event.text) for event in run])
-            late += [conn for conn in self.registry.audience(to) if conn.send_frames(data) > lag]
+            late += [conn for conn in send_to_all(self.registry.audience(to), data) if conn.waiting_bytes > lag]
         return late
 
     def _pace(self, late: list[Connection]) -> None:

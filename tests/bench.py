@@ -1,0 +1,783 @@
+#!/usr/bin/env python3
+"""Measures wsqueue beside its peers: all sides in one run, in alternating rounds, medians and p99 in a table.
+
+    python tests/bench.py latency     from queue_event, `mv` and PHP to one idle client
+    python tests/bench.py fanout      one event to 1,000 clients
+    python tests/bench.py burst       10,000 events through the directory to 500 clients
+    python tests/bench.py memory      resident memory per idle client, 5,000 clients
+    python tests/bench.py connect     opening 5,000 connections
+    python tests/bench.py publish     the producer's side: queue_event, queue_events, import
+    python tests/bench.py idle        processor time with 1,000 clients and nothing to send
+    python tests/bench.py stall       what one client that stops reading does to the others
+    python tests/bench.py all         every one of them
+
+`--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events`,
+`--rounds` and `--seconds` replace the sizes in SIZES. Needs websockets and websocket-server from PyPI, and a
+C compiler for the load client (bench_load.c), which runs in its own process and counts messages without
+looking at them. Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
+comes twice or out of order, or a client is disconnected, the run ends with an error instead of figures.
+"""
+
+import argparse
+import array
+import asyncio
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Type, TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# subcommand: setting: (in full, with --quick)
+SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
+    "latency": {"events": (100, 4), "rounds": (6, 1)},
+    "fanout": {"clients": (1_000, 20), "rounds": (100, 4)},
+    "burst": {"clients": (500, 10), "events": (10_000, 200), "rounds": (3, 1)},
+    "memory": {"clients": (5_000, 50), "seconds": (3, 0)},
+    "connect": {"clients": (5_000, 50), "rounds": (5, 1)},
+    "publish": {"events": (500, 50), "rounds": (20, 2)},
+    "idle": {"clients": (1_000, 20), "seconds": (30, 1)},
+    "stall": {"clients": (200, 10), "seconds": (10, 2), "rounds": (5, 1)},
+}
+Events = List[Tuple[str, Dict[str, Any]]]
+Span = Tuple[int, int]  # start and end, nanoseconds
+now = time.monotonic_ns
+
+
+class Wrong(Exception):
+    """What was measured did not do its job, so that its figures would mean nothing."""
+
+
+# ---- Figures and tables ----------------------------------------------------------------------------------
+
+
+def p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * 99 // 100)]
+
+
+def figures(values: Sequence[float], unit: float, digits: int = 2) -> List[str]:
+    """Median and p99 of nanoseconds, in units of so many nanoseconds."""
+    return [f"{statistics.median(values) / unit:.{digits}f}", f"{p99(values) / unit:.{digits}f}"]
+
+
+def verdict(wanted: str, holds: bool) -> List[str]:
+    return [wanted, "yes" if holds else "NO"]
+
+
+def print_table(heading: str, rows: List[List[str]]) -> None:
+    """A Markdown table; the last two columns are what must hold and whether it does."""
+    columns = [*heading.split(" | "), "wanted", "holds"]
+    rows = [columns] + [row + [""] * (len(columns) - len(row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    print()
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+
+
+def make_events(count: int, size: int) -> Events:
+    """Numbered events, each about `size` bytes of JSON when a client receives it."""
+    return [("bench", {"n": n, "pad": "x" * max(0, size - 70)}) for n in range(count)]
+
+
+def text_of(event: str, payload: Any) -> str:
+    return json.dumps({"event": event, "payload": payload, "timestamp": int(time.time())})
+
+
+# ---- The sides -------------------------------------------------------------------------------------------
+# Each runs in its own process, `bench.py side NAME`, and broadcasts when a line on its stdin says so.
+
+
+class Side:
+    label: str
+    url: str
+    send: Callable[[str, Any], Any]
+
+    def broadcast(self, events: Events) -> Span:
+        """Send every event to every client; return when the first send began and the last call returned."""
+        start = now()
+        for event, payload in events:
+            self.send(event, payload)
+        return start, now()
+
+
+class Ours(Side):
+    label = "wsqueue"
+
+    def __init__(self) -> None:
+        from wsqueue import WebSocketServer
+        self.server = WebSocketServer().host("127.0.0.1").port(0)
+        self.server.start(background=True)
+        self.url, self.send = self.server.url, self.server.broadcast
+
+
+class Floor(Side):
+    """The least that a loop in Python can do: one `send` per client, of a frame made beforehand."""
+
+    label = "bare `send` loop"
+
+    def __init__(self) -> None:
+        self.clients: List[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = f"ws://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client = self.listener.accept()[0]
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.recv(4096)  # the load client sends its request in one piece
+            client.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+            self.clients.append(client)
+
+    def broadcast(self, events: Events) -> Span:
+        texts = [text_of(*event).encode() for event in events]
+        frames = [struct.pack("!BBH", 0x81, 126, len(text)) + text for text in texts]
+        start = now()
+        for frame in frames:
+            for client in self.clients:
+                client.send(frame)
+        return start, now()
+
+
+class Stock(Side):
+    label = "websocket-server"
+
+    def __init__(self) -> None:
+        from websocket_server import WebsocketServer
+        self.server = WebsocketServer(host="127.0.0.1", port=0)
+        self.server.run_forever(threaded=True)
+        self.url = f"ws://127.0.0.1:{self.server.port}"
+
+    def send(self, event: str, payload: Any) -> None:
+        self.server.send_message_to_all(text_of(event, payload))
+
+
+class Websockets(Side):
+    label = "websockets, asyncio"
+
+    def __init__(self) -> None:
+        self.clients: Any = set()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.url = asyncio.run_coroutine_threadsafe(self._listen(), self.loop).result()
+
+    async def _listen(self) -> str:
+        from websockets.asyncio.server import serve
+        self.server = await serve(self._stay, "127.0.0.1", 0, compression=None)  # the others do not compress
+        return f"ws://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+
+    async def _stay(self, client: Any) -> None:
+        self.clients.add(client)
+        await client.wait_closed()
+        self.clients.discard(client)
+
+    def broadcast(self, events: Events) -> Span:
+        return asyncio.run_coroutine_threadsafe(self._broadcast(events), self.loop).result()
+
+    async def _broadcast(self, events: Events) -> Span:
+        from websockets.asyncio.server import broadcast
+        start = now()
+        for event in events:
+            broadcast(self.clients, text_of(*event))
+            await asyncio.sleep(0)  # lets the loop write what a full socket did not take
+        return start, now()
+
+
+SIDES: Tuple[Type[Side], ...] = (Floor, Ours, Websockets, Stock)
+
+
+def run_side(name: str) -> None:
+    side = next(side for side in SIDES if side.__name__ == name)()
+    print("listening on", side.url, flush=True)
+    for line in sys.stdin:
+        count, size = map(int, line.split())
+        print(*side.broadcast(make_events(count, size)), flush=True)
+
+
+# ---- Processes that this one starts, commands and ends ---------------------------------------------------
+
+
+class Child:
+    """A process that answers the lines it is sent. Every wait has a deadline."""
+
+    def __init__(self, *command: Any) -> None:
+        words = [str(word) for word in command]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 -- end() closes it; shown where the process fails
+        self.process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.log)
+        self.name, self.pid, self.unread = " ".join(words[-3:]), self.process.pid, b""
+
+    def read_line(self, timeout: float = 60) -> List[str]:
+        assert self.process.stdout
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self.unread:
+            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(f"{self.name}: no answer within {timeout} s")
+            chunk = os.read(self.process.stdout.fileno(), 65536)
+            if not chunk:
+                self.log.seek(0)
+                raise Wrong(f"{self.name}: the process has ended\n{self.log.read().decode()}")
+            self.unread += chunk
+        line, _, self.unread = self.unread.partition(b"\n")
+        return line.decode().split()
+
+    def ask(self, *words: Any, timeout: float = 60) -> List[str]:
+        assert self.process.stdin
+        self.process.stdin.write((" ".join(map(str, words)) + "\n").encode())
+        return self.read_line(timeout)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        self.log.close()
+
+    def resident_kb(self) -> int:
+        return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+class Server(Child):
+    """A side, listening."""
+
+    def __init__(self, label: str, *command: Any) -> None:
+        super().__init__(sys.executable, *command)
+        self.label = label
+        try:
+            self.port = int(self.read_line()[-1].rpartition(":")[2])
+        except BaseException:
+            self.end()
+            raise
+
+    def broadcast(self, count: int, size: int = 200) -> Span:
+        start, end = self.ask(count, size, timeout=600)
+        return int(start), int(end)
+
+
+class DirectoryServer(Server):
+    """`wsqueue.py serve`, broadcasting what is put in its directory."""
+
+    def __init__(self, queue: Path, *flags: Any, backlog: bool = False) -> None:
+        address = ("--host", "127.0.0.1", "--port", 0)
+        super().__init__("wsqueue", ROOT / "wsqueue.py", "serve", *address, "--queue", queue, *flags)
+        self.queue, self.backlog = queue, backlog
+
+    def broadcast(self, count: int, size: int = 200) -> Span:
+        """Start the clock before the first queue_event; with a backlog, when all of them are queued."""
+        from wsqueue import queue_event
+        if self.backlog:
+            self.process.send_signal(signal.SIGSTOP)
+        events = make_events(count, size)
+        start = now()
+        for event, payload in events:
+            if not queue_event(str(self.queue), event, payload):
+                raise Wrong("queue_event returned False")
+        if self.backlog:
+            start = now()
+            self.process.send_signal(signal.SIGCONT)
+        return start, now()
+
+
+class Load(Child):
+    """The clients: bench_load.c, compiled."""
+
+    def __init__(self, program: Path, result_file: Path) -> None:
+        super().__init__(program)
+        self.result_file = result_file
+        self.clients = self.messages = self.delivered = 0
+
+    def connect(self, server: Server, clients: int) -> float:
+        """Open so many connections; return the seconds it took."""
+        # The stock server's backlog is 5: more at once would wait for lost SYNs to be sent again.
+        at_once = 4 if server.label == Stock.label else 64
+        answer = self.ask("connect", server.port, clients, at_once, "/", timeout=300)
+        opened, failed, start, end = map(int, answer)
+        if opened != clients:
+            raise Wrong(f"{server.label}: {failed} of {clients} clients could not connect")
+        self.clients += clients
+        return (end - start) / 1e9
+
+    def expect(self, messages: int, *, every: bool = False, check: bool = False, spin: bool = False) -> None:
+        """Count from here. See bench_load.c for what `every`, `check` and `spin` do."""
+        self.messages = messages
+        stray = self.ask("expect", messages, int(every), int(check), int(spin), self.result_file)[0]
+        if stray != "0":
+            raise Wrong(f"{stray} messages more than were sent")
+
+    def finish(self, timeout: float = 60) -> Sequence[int]:
+        """Wait until every client has every message; return when each came, or only each client's last."""
+        try:
+            complete, connected, alike = self.read_line(timeout)
+        except TimeoutError:
+            complete, connected, alike = self.ask("stop")
+        if [complete, connected, alike] != [str(self.clients), str(self.clients), "1"]:
+            raise Wrong(f"{complete} of {self.clients} clients got all {self.messages} messages, {connected} "
+                        f"are still connected, all got the same: {alike == '1'}")
+        self.delivered += self.clients * self.messages
+        return array.array("q", self.result_file.read_bytes())
+
+    def texts(self) -> List[bytes]:
+        """With check=True: the messages of the first client."""
+        return Path(f"{self.result_file}.stream").read_bytes().splitlines()
+
+
+Kept = TypeVar("Kept", bound=Child)
+
+
+class Run:
+    """The sizes of one subcommand and everything it starts; end() leaves nothing behind."""
+
+    def __init__(self, sizes: Dict[str, int]) -> None:
+        self.clients, self.events = sizes.get("clients", 0), sizes.get("events", 0)
+        self.rounds, self.seconds = sizes.get("rounds", 1), sizes.get("seconds", 0)
+        self.children: List[Child] = []
+        self.numbers = itertools.count()
+        self.directory = Path(tempfile.mkdtemp(prefix="wsqueue-bench-"))
+
+    def new_directory(self) -> Path:
+        path = self.directory / f"directory{next(self.numbers)}"
+        path.mkdir()
+        return path
+
+    def keep(self, child: Kept) -> Kept:
+        self.children.append(child)
+        return child
+
+    def side(self, side: Type[Side]) -> Server:
+        return self.keep(Server(side.label, __file__, "side", side.__name__))
+
+    def serve(self, *flags: Any, backlog: bool = False) -> DirectoryServer:
+        return self.keep(DirectoryServer(self.new_directory(), *flags, backlog=backlog))
+
+    def product(self, side: Type[Side]) -> Server:
+        """As a user starts it: ours with a queue directory."""
+        return self.serve() if side is Ours else self.side(side)
+
+    def load(self) -> Load:
+        program, source = self.directory / "load", Path(__file__).with_name("bench_load.c")
+        if not program.exists():
+            compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+            if not compiler:
+                raise Wrong("the load client is written in C: install a C compiler (Debian: gcc libc6-dev)")
+            subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
+        return self.keep(Load(program, self.directory / f"times{next(self.numbers)}"))
+
+    def audience(self, server: Server, clients: int) -> Load:
+        load = self.load()
+        load.connect(server, clients)
+        time.sleep(0.3)  # the server's side of the last handshake
+        return load
+
+    def end(self) -> int:
+        """End every process; return how many messages were delivered."""
+        for child in self.children:
+            child.end()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return sum(child.delivered for child in self.children if isinstance(child, Load))
+
+
+# ---- latency ---------------------------------------------------------------------------------------------
+
+
+def event_name() -> str:
+    """A file name as the PHP reference makes it: microtime(true) . '_' . uniqid() . '.json'."""
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    return f"{seconds}.{microseconds // 100:04d}_{seconds:08x}{microseconds:05x}.json"
+
+
+def pause() -> None:
+    time.sleep(random.uniform(0.002, 0.012))  # so that events meet the poll at any point of its period
+
+
+def put_by_queue_event(run: Run, queue: Path) -> Iterator[int]:
+    """Queue events, `run.events` of them; yield the time just before each."""
+    from wsqueue import queue_event
+    for event, payload in make_events(run.events, 200):
+        pause()
+        yield now()
+        queue_event(str(queue), event, payload)
+
+
+def put_by_rename(run: Run, queue: Path, program: str = "") -> Iterator[int]:
+    elsewhere = run.new_directory()
+    for event in make_events(run.events, 200):
+        file = elsewhere / event_name()
+        file.write_text(text_of(*event))
+        pause()
+        yield now()
+        if program:
+            subprocess.run([program, str(file), str(queue)], check=True)
+        else:
+            file.rename(queue / file.name)
+
+
+PHP = """
+for ($n = 0; $n < $argv[2]; $n++) {
+    usleep(random_int(2000, 12000));
+    $payload = ["n" => $n, "pad" => str_repeat("x", 130)];
+    $event = json_encode(["event" => "bench", "payload" => $payload, "timestamp" => time()]);
+    echo hrtime(true), "\n";
+    file_put_contents($argv[1] . "/" . microtime(true) . "_" . uniqid() . ".json", $event);
+}
+"""
+
+
+def put_by_php(run: Run, queue: Path) -> Iterator[int]:
+    command = ["php", "-r", PHP, str(queue), str(run.events)]
+    yield from map(int, subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split())
+
+
+PRODUCERS: Dict[str, Callable[[Run, Path], Iterator[int]]] = {
+    "`queue_event`": put_by_queue_event,
+    "rename(2), as `mv` does": put_by_rename,
+    "`mv`, with its start": functools.partial(put_by_rename, program="mv"),
+    "PHP `file_put_contents`": put_by_php,
+}
+
+
+def latency(run: Run) -> None:
+    producers = [name for name in PRODUCERS if name[:3] != "PHP" or shutil.which("php")]
+    servers = {"kernel wake-up": run.serve(), "poll alone": run.serve("--no-wakeup")}
+    loads = {how: run.audience(server, 1) for how, server in servers.items()}
+    taken: Dict[Tuple[str, str], List[float]] = {key: [] for key in itertools.product(producers, servers)}
+    for _, (producer, how) in itertools.product(range(run.rounds), taken):
+        loads[how].expect(run.events, every=True)
+        stamps = list(PRODUCERS[producer](run, servers[how].queue))
+        taken[producer, how] += [came - stamp for stamp, came in zip(stamps, loads[how].finish())]
+    rows = []
+    for (producer, how), values in taken.items():
+        rows.append([producer, how, *figures(values, 1e6), f"{max(values) / 1e6:.2f}"])
+        if how == "poll alone":
+            rows[-1] += verdict("p99 ≤ 110", p99(values) <= 110e6)
+        elif producer != "`mv`, with its start":
+            rows[-1] += verdict("≤ 0.7, p99 ≤ 3", statistics.median(values) <= 0.7e6 and p99(values) <= 3e6)
+    print(f"One client, {run.rounds * run.events} events from each producer, 2 to 12 ms apart. Milliseconds.")
+    if len(producers) < len(PRODUCERS):
+        print("PHP is not installed: its rows are left out.")
+    print_table("from | server | median | p99 | most", rows)
+
+
+# ---- fanout and burst --------------------------------------------------------------------------------------
+
+
+def fanout(run: Run) -> None:
+    servers = [run.side(side) for side in SIDES]
+    loads = [run.audience(server, run.clients) for server in servers]
+    taken: Dict[str, List[Tuple[int, float, int]]] = {server.label: [] for server in servers}
+    for _, (server, load) in itertools.product(range(run.rounds), zip(servers, loads)):
+        time.sleep(0.005)
+        load.expect(1, spin=True)
+        start, end = server.broadcast(1)
+        times = load.finish()
+        taken[server.label].append((end - start, statistics.median(times) - start, max(times) - start))
+    floor = [statistics.median(column) for column in zip(*taken[Floor.label])]
+    rows = []
+    for label, rounds in taken.items():
+        columns = list(zip(*rounds))
+        ratios = [bare / statistics.median(column) for bare, column in zip(floor, columns)]
+        cells = [cell for column in columns for cell in figures(column, 1e6)]
+        rows.append([label, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
+        if label == Ours.label:
+            rows[-1] += verdict("≥ 0.9", min(ratios) >= 0.9)
+    print(f"One event of 200 bytes to {run.clients} clients, {run.rounds} rounds. Milliseconds from the\n"
+          "first send until the call returns, the median and the last client have it; bare loop ÷ side.")
+    print_table("side | call | p99 | median | p99 | last | p99 | ÷ call | ÷ median | ÷ last", rows)
+
+
+def check_order(server: Server, load: Load, count: int) -> None:
+    """Prove that all clients get the same and what was queued. Hashing takes time, so this is not timed."""
+    load.expect(count, check=True)
+    server.broadcast(count)
+    load.finish()
+    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(count)):
+        raise Wrong("the messages are not those that were queued, in their order")
+
+
+def burst(run: Run) -> None:
+    ours, produced = "wsqueue, from the directory", "wsqueue, with the `queue_event` calls"
+    servers: Dict[str, Server] = {ours: run.serve(backlog=True), produced: run.serve()}
+    servers.update((side.label, run.side(side)) for side in (Websockets, Stock, Floor))
+    loads = {label: run.audience(server, run.clients) for label, server in servers.items()}
+    for label in (ours, produced):
+        check_order(servers[label], loads[label], run.events)
+    taken: Dict[str, List[float]] = {label: [] for label in servers}
+    for _, (label, server) in itertools.product(range(run.rounds), servers.items()):
+        loads[label].expect(run.events)
+        start, _ = server.broadcast(run.events)
+        taken[label].append(max(loads[label].finish(timeout=600)) - start)
+    peer = statistics.median(taken[Websockets.label])
+    rows = []
+    for label, values in taken.items():
+        median = statistics.median(values)
+        rate = run.events * run.clients / median * 1e3
+        rows.append([label, *figures(values, 1e9, 3), f"{rate:.2f}", f"{peer / median:.1f}"])
+        if label == ours:
+            rows[-1] += verdict("≥ 30", peer / median >= 30)
+    print(f"{run.events} events of 200 bytes to {run.clients} clients, {run.rounds} rounds. Seconds until\n"
+          "the last client has the last byte; million deliveries a second; websockets ÷ side.")
+    print_table("side | median, s | p99, s | million/s | ÷ side", rows)
+
+
+# ---- memory, connect and idle ----------------------------------------------------------------------------
+
+
+def deliver_one(server: Server, load: Load) -> None:
+    """Proves that every client is still there."""
+    load.expect(1)
+    server.broadcast(1)
+    load.finish()
+
+
+def memory(run: Run) -> None:
+    rows = []
+    for side in (Ours, Websockets, Stock):
+        # A thread per client: a fifth of the clients is enough to see what each one takes.
+        clients = run.clients // 5 if side is Stock else run.clients
+        server = run.product(side)
+        time.sleep(0.5)
+        before = server.resident_kb()
+        load = run.audience(server, clients)
+        time.sleep(run.seconds)
+        after = server.resident_kb()
+        each = (after - before) / clients
+        rows.append([side.label, str(clients), str(before), str(after), f"{each:.2f}"])
+        if side is Ours:
+            rows[-1] += verdict("≤ 2", each <= 2)
+        deliver_one(server, load)
+        load.end()
+        server.end()
+    print(f"Clients that wait, {run.seconds} s after the last one connected.")
+    print_table("server | idle clients | RSS before, KB | after, KB | per client, KB", rows)
+
+
+def connect(run: Run) -> None:
+    rates: Dict[str, List[float]] = {Ours.label: [], Websockets.label: []}
+    for _, side in itertools.product(range(run.rounds), (Ours, Websockets)):
+        server, load = run.product(side), run.load()
+        rates[side.label].append(run.clients / load.connect(server, run.clients))
+        time.sleep(0.3)
+        deliver_one(server, load)
+        load.end()
+        server.end()
+    peer = statistics.median(rates[Websockets.label])
+    rows = []
+    for label, values in rates.items():
+        median = statistics.median(values)
+        rows.append([label, f"{median:.0f}", f"{min(values):.0f}", f"{median / peer:.2f}"])
+        if label == Ours.label:
+            rows[-1] += verdict("≥ 1", median >= peer)
+    print(f"{run.clients} handshakes, 64 at a time, {run.rounds} rounds, each with a fresh server.")
+    print_table("server | median, connections/s | least | ÷ websockets", rows)
+
+
+def idle(run: Run) -> None:
+    servers = [run.product(side) for side in (Ours, Websockets)]
+    loads = [run.audience(server, run.clients) for server in servers]
+    time.sleep(min(2, run.seconds))
+    before = [server.cpu_seconds() for server in servers]
+    time.sleep(run.seconds)
+    rows = []
+    for server, load, earlier in zip(servers, loads, before):
+        percent = 100 * (server.cpu_seconds() - earlier) / run.seconds
+        rows.append([server.label, f"{percent:.2f}"])
+        if server.label == Ours.label:
+            rows[-1] += verdict("≤ 0.5", percent <= 0.5)
+        deliver_one(server, load)
+    print(f"{run.clients} clients, nothing to send, {run.seconds} s.")
+    print_table("server | % of a core", rows)
+
+
+# ---- publish ---------------------------------------------------------------------------------------------
+
+
+def publish_bare(queue: str, event: str, payload: Any) -> None:
+    """The least that any producer must ask of the kernel."""
+    name = f"{queue}/{event_name()}"
+    file = os.open(name + ".tmp", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    os.write(file, text_of(event, payload).encode())
+    os.close(file)
+    os.rename(name + ".tmp", name)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> int:
+    start = now()
+    call(*arguments)
+    return now() - start
+
+
+def time_inside(code: str, cache: Path) -> float:
+    """Nanoseconds that `code` takes in a fresh interpreter, without the interpreter's own start."""
+    program = f"import time; start = time.perf_counter_ns(); {code}; print(time.perf_counter_ns() - start)"
+    # Bytecode is cached, as where a program runs twice; in our own place, for the checkout may be read-only.
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(cache))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+    return float(done.stdout)
+
+
+def publish(run: Run) -> None:
+    from wsqueue import queue_event, queue_events
+    ours, bare, batch = "`queue_event`", "open, write, close, rename", "`queue_events`, per event"
+    import_ours, import_bare = "`import wsqueue`", "`import json, logging, socket`"
+    taken: Dict[str, List[float]] = {name: [] for name in (ours, bare, batch, import_ours, import_bare)}
+    events, cache = make_events(run.events, 200), run.new_directory()
+    time_inside("import wsqueue", cache)  # fills the cache
+    for _ in range(run.rounds):
+        queue = str(run.new_directory())
+        taken[ours] += [timed(queue_event, queue, *event) for event in events]
+        queue = str(run.new_directory())
+        taken[bare] += [timed(publish_bare, queue, *event) for event in events]
+        taken[batch].append(timed(queue_events, str(run.new_directory()), events) / len(events))
+        for name in (import_ours, import_bare):
+            taken[name].append(time_inside(name.strip("`"), cache))
+    rows = {name: [name, *figures(values, 1e3, 1)] for name, values in taken.items()}
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    imports = median[import_ours] / median[import_bare]
+    rows[ours] += [f"{median[ours] / median[bare]:.2f}", *verdict("≤ 45 µs", median[ours] <= 45e3)]
+    rows[import_ours] += [f"{imports:.2f}", *verdict("ratio ≤ 2", imports <= 2)]
+    print(f"{run.rounds} rounds of {run.events} events of 200 bytes, not durable; batches of {run.events}.")
+    print_table("what | median, µs | p99, µs | ÷ the next row", list(rows.values()))
+
+
+# ---- stall -----------------------------------------------------------------------------------------------
+
+
+def open_stalled(server: Server) -> socket.socket:
+    """A client that shakes hands and then never reads."""
+    client = socket.create_connection(("127.0.0.1", server.port), 10)
+    client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                   b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
+    if client.recv(12) != b"HTTP/1.1 101":
+        raise Wrong("the client that is to stall could not connect")
+    return client
+
+
+def steady(server: DirectoryServer, count: int, files: int) -> Tuple[List[int], float]:
+    """Queue 200 events a second. Return their times, and when the server was down to `files` open files."""
+    stamps: List[int] = []
+    closed_after = float("inf")
+    start = time.monotonic()
+    for number in range(count):
+        time.sleep(max(0.0, start + number / 200 - time.monotonic()))
+        stamps.append(server.broadcast(1, 4096)[0])
+        if number % 10 == 9 and closed_after == float("inf") and server.open_files() <= files:
+            closed_after = time.monotonic() - start
+    return stamps, closed_after
+
+
+def stall(run: Run) -> None:
+    nobody = "nobody stalls"
+    by_size = ("--outbox-bytes", 2**18, "--send-timeout", 60)
+    by_time = ("--outbox-bytes", 2**26, "--send-timeout", 2)
+    servers = {nobody: run.serve(*by_size), "one stalls, outbox 256 KiB, 60 s": run.serve(*by_size),
+               "one stalls, outbox 64 MiB, 2 s": run.serve(*by_time)}
+    loads = {case: run.audience(server, run.clients) for case, server in servers.items()}
+    taken: Dict[str, List[Tuple[float, float]]] = {case: [] for case in servers}
+    count = run.seconds * 200
+    for _, (case, server) in itertools.product(range(run.rounds), servers.items()):
+        files = server.open_files()
+        with contextlib.ExitStack() as stack:
+            if case != nobody:
+                stack.enter_context(open_stalled(server))
+            loads[case].expect(count, every=True)
+            stamps, closed_after = steady(server, count, files)
+            waits = [came - stamps[i % count] for i, came in enumerate(loads[case].finish())]
+        taken[case].append((p99(waits), closed_after))
+    rows = []
+    for case, rounds in taken.items():
+        median, closed_after = map(statistics.median, zip(*rounds))
+        ratio = median / statistics.median(wait for wait, _ in taken[nobody])
+        rows.append([case, f"{median / 1e6:.2f}", f"{max(rounds)[0] / 1e6:.2f}", f"{ratio:.2f}"])
+        if case != nobody:
+            holds = ratio <= 1.5 and closed_after < run.seconds
+            rows[-1] += [f"{closed_after:.1f}", *verdict("≤ 1.5, closed", holds)]
+    print(f"200 events/s of 4 KB to {run.clients} clients that read, {run.seconds} s, {run.rounds} rounds:\n"
+          "the p99 of those, and when the one that does not read was closed.")
+    print_table("case | median p99, ms | worst p99, ms | ÷ nobody | closed after, s", rows)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------
+
+COMMANDS = {command.__name__: command for command in (
+    latency, fanout, burst, memory, connect, publish, idle, stall)}
+
+
+def print_machine() -> None:
+    import wsqueue
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{model.group(1) if model else platform.machine()}, {os.cpu_count()} cores, {platform.system()} "
+          f"{platform.release()}, load {os.getloadavg()[0]:.2f}")
+    try:
+        peers = [f"{name} {importlib.metadata.version(name)}" for name in ("websockets", "websocket-server")]
+    except importlib.metadata.PackageNotFoundError as missing:
+        raise Wrong(f"{missing.name} is missing: pip install websockets websocket-server") from None
+    print(f"CPython {platform.python_version()}, wsqueue {wsqueue.__version__}, {', '.join(peers)}")
+
+
+def measure(command: str, options: argparse.Namespace) -> None:
+    sizes = {name: pair[options.quick] for name, pair in SIZES[command].items()}
+    sizes.update({name: vars(options)[name] for name in sizes if vars(options)[name] is not None})
+    print(f"\n## {command}\n", flush=True)
+    run = Run(sizes)
+    try:
+        COMMANDS[command](run)
+    finally:
+        delivered = run.end()
+    print(f"\n{delivered} messages delivered, none lost, nobody disconnected.", flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["side"]:
+        run_side(sys.argv[2])
+        return
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("--quick", action="store_true")
+    for name in ("clients", "events", "rounds", "seconds"):
+        parser.add_argument(f"--{name}", type=int)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` ends what was started
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # inherited by every process started here
+    try:
+        print_machine()
+        for command in COMMANDS if options.command == "all" else [options.command]:
+            measure(command, options)
+    except (Wrong, TimeoutError) as problem:
+        sys.exit(f"bench.py: {problem}")
+
+
+if __name__ == "__main__":
+    main()
