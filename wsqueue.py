@@ -25,8 +25,8 @@ The disk format, a contract with producers in every language:
     ws_queue/.wsqueue.lock  held (flock) by the one server that consumes the directory
     ws_queue/failed/        what could not be understood, each beside its .reason
 
-Events go out in the order of the 13 hexadecimal digits after the name's first "_" (PHP's uniqid(): seconds and
-microseconds), else of the name's leading number (Unix time), else of the file's mtime.
+Events go out in the order of the first 13 hexadecimal digits that follow a "_" in the name (PHP's uniqid(): seconds
+and microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
 Threads: accept (one; it also answers a handshake whose request is here already), handshake (one for each request
 that is still to come, and one for each handler while it runs), I/O (one: every open connection is parked with it),
@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import logging
@@ -60,6 +61,7 @@ import sys
 import threading
 import time
 from collections import deque
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, Tuple, Union
 
@@ -83,6 +85,8 @@ HOLD_TICKS = 2            # polls that a batch waits for a file which is still b
 GIVE_UP_SECONDS = 2.0     # a file that does not parse and does not change for so long is broken, not unfinished
 SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary files are removed
 FAILED_FILES = 1000       # kept in failed/; beyond it the oldest tenth goes
+FAILED_SECONDS = 30 * 86400  # and they are kept no longer than that
+UNSENT_BYTES = 128 * KIB   # what the kernel may hold for a client beyond what is on its way to it (tcp(7))
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
@@ -183,12 +187,13 @@ def _checked(setting: Setting, value: Any) -> Any:
     kind = type(setting.default)
     if setting.name == "queue":
         return value  # a path, a URL, or an EventQueue: open_queue() says what is wrong with it
-    if kind is tuple and isinstance(value, (list, tuple, set, frozenset)):
-        value = tuple(value)
+    if kind is tuple and isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind:
-        raise SettingError(f"setting {setting.name} must be of type {kind.__name__}, not {type(value).__name__}")
+    if type(value) is not kind or value == "":
+        name = "a list of texts" if kind is tuple else f"a non-empty {kind.__name__}" if kind is str else kind.__name__
+        raise SettingError(f"setting {setting.name} must be {name}, not {value!r}")
     if kind in (int, float) and not setting.least <= value < float("inf"):
         unit = f" {setting.unit}" if setting.unit in ("seconds", "bytes") else ""
         raise SettingError(f"setting {setting.name} must be at least {setting.least:g}{unit}, not {value}")
@@ -260,8 +265,10 @@ def _checked_name(name: Any) -> str:
 
 def _checked_topics(to: Any) -> tuple[str, ...]:
     """No topics means everyone, so what is not clearly a list of topics must never be taken for none."""
-    topics = () if to is None else (to,) if isinstance(to, str) else tuple(to) if isinstance(to, Iterable) else (None,)
-    if (to is not None and not topics) or not all(isinstance(topic, str) and topic for topic in topics):
+    if to is None:
+        return ()
+    topics = tuple(to) if isinstance(to, Iterable) and not isinstance(to, (str, bytes, Mapping)) else (to,)
+    if not topics or not all(isinstance(topic, str) and topic for topic in topics):
         raise EventError('"to" must be a topic or a non-empty list of topics, each a non-empty string')
     return topics
 
@@ -326,7 +333,7 @@ def _number(record: dict[str, Any], key: str, default: float) -> float:
 
 # 5 ─ The queue directory ──────────────────────────────────────────────────────────────────────────────────────────
 # In: put() from any process. Out: take(), then done() once the events are sent, from the one consumer: the queue
-# thread, which holds the directory's flock. Only wake() and close() may be called by another thread. Promises:
+# thread, which holds the directory's flock. Only wake() may be called by another thread meanwhile. Promises:
 # nothing lost, a producer's order kept, nothing that is not a whole regular file ever read as an event.
 
 Clock = Callable[[], float]
@@ -373,12 +380,12 @@ class _Names:
 
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
+        self._last = 0
         self.reset()
 
     def reset(self) -> None:
         """Also after a fork: another thread may have held the lock."""
-        self._lock = threading.Lock()  # guards _last
-        self._last = 0
+        self._lock = threading.Lock()  # guards _last, which goes on where the parent was
         self._pid = os.getpid() & 0xFFFF
         self._count = itertools.count(int.from_bytes(os.urandom(2), "big"))
 
@@ -467,7 +474,8 @@ def _lock_directory(directory: str) -> int:
             raise QueueError(f"queue directory {directory} is already served by process {_holder(fd)};"
                              " stop that one, or give this one another directory")
         os.ftruncate(fd, 0)  # not before it is held: the text belongs to the holder
-        os.write(fd, b"%d\n" % os.getpid())
+        with contextlib.suppress(OSError):  # a full disk: emptying the queue is what helps
+            os.write(fd, b"%d\n" % os.getpid())
     except BaseException:
         os.close(fd)
         raise
@@ -515,8 +523,7 @@ class Waker:
 
     def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while len(self._reader.recv(4096)) == 4096:
-                pass
+            self._reader.recv(64 * KIB)
 
     def close(self) -> None:
         self._reader.close()
@@ -585,6 +592,11 @@ def _watch(directory: str) -> _Inotify | _Kqueue | None:
         return None
 
 
+def _signature_of(status: os.stat_result) -> tuple[int, int, int]:
+    """Differs if a file was changed or replaced."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class _Suspect(NamedTuple):
     """A file that did not parse."""
 
@@ -603,13 +615,15 @@ class DirectoryQueue:
         self._hold = HOLD_TICKS * poll_interval
         self._wakeup, self._max_age, self._clock, self._monotonic = wakeup, max_age, clock, monotonic
         self._lock_fd = -1  # the flock, while this queue is the consumer
+        self._watcher: _Inotify | _Kqueue | None = None
+        self._selector: Any = None
 
     # Producers.
 
     def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
         """Queue (event, payload) pairs, all or nothing. Raises EventError, or QueueError with the reason."""
-        now = self._clock()
-        records = [encode_record(name, payload, to, now) for name, payload in events]
+        now, topics = self._clock(), None if to is None else _checked_topics(to)
+        records = [encode_record(name, payload, topics, now) for name, payload in events]
         data = records[0] if len(records) == 1 else b"[" + b",\n".join(records) + b"]"
         if len(data) > self.max_event_bytes:
             raise EventError(f"{len(data)} bytes in {len(records)} event(s), more than the {self.max_event_bytes} of"
@@ -635,8 +649,7 @@ class DirectoryQueue:
         self._pending: list[tuple[int, str]] = []  # the scan, last first; what take() has not reached
         self._suspects: dict[str, _Suspect] = {}  # did not parse
         self._ahead: dict[str, float] = {}  # stamped at or after the scan that found it -> first seen
-        self._stuck: dict[str, Any] = {}  # sent, and cannot be removed -> signature
-        self._watcher: _Inotify | _Kqueue | None = None
+        self._stuck: dict[str, Any] = {}  # cannot be removed, or set aside -> signature, whether it was sent
         self._next_sweep = 0.0
         try:
             self._attach()
@@ -650,11 +663,10 @@ class DirectoryQueue:
             if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
                 raise QueueError(f"queue directory {self.path} must be readable and writable for user id {os.getuid()}:"
                                  " sent events are removed from it")
-            status = os.stat(self.path)  # before the lock: if the directory is replaced in between, a scan sees it
             self._lock_fd = _lock_directory(self.path)
         except OSError as error:
-            raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}") from error
-        self._identity = (status.st_dev, status.st_ino)
+            which = f" ({error.filename})" if error.filename and error.filename != self.path else ""
+            raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}{which}") from error
         self._watcher = _watch(self.path) if self._wakeup else None
         if self._watcher:
             self._selector.register(self._watcher.fd, selectors.EVENT_READ)
@@ -670,8 +682,9 @@ class DirectoryQueue:
 
     def close(self) -> None:
         self._detach()
-        self._selector.close()
-        self._waker.close()
+        if self._selector:
+            self._selector.close()
+            self._waker.close()
 
     def wake(self) -> None:
         self._waker.set()
@@ -679,14 +692,11 @@ class DirectoryQueue:
     def wait(self, timeout: float) -> None:
         deadline = self._monotonic() + timeout
         while True:
-            ready = self._selector.select(max(0.0, deadline - self._monotonic()))
-            fds = [key.fd for key, _ in ready]
+            fds = [key.fd for key, _ in self._selector.select(max(0.0, deadline - self._monotonic()))]
             if self._waker.fileno() in fds:
                 self._waker.clear()
                 return
-            if not ready:
-                return
-            if self._watcher and self._watcher.fd in fds and self._watcher.consume():
+            if not fds or (self._watcher and self._watcher.fd in fds and self._watcher.consume()):
                 return
 
     def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
@@ -714,8 +724,9 @@ class DirectoryQueue:
         return self._drop_stale(taken) if self._max_age else taken
 
     def done(self, events: Iterable[Event]) -> None:
-        for name in dict.fromkeys(event.source for event in events):
-            self._remove(name)
+        for name, signature in dict.fromkeys(event.source for event in events):
+            if signature == self._signature(name):  # else a new event has taken its name meanwhile
+                self._remove(name)
 
     def backlog(self) -> Backlog:
         """Of the directory as it is now; any process may ask."""
@@ -732,15 +743,14 @@ class DirectoryQueue:
     # Scanning.
 
     def _reattach_if_replaced(self) -> None:
-        """Directories are removed, renamed and mounted over while a server runs."""
+        """Directories are removed, renamed and mounted over while a server runs, and lock files tidied away."""
         try:
-            status = os.stat(self.path)
-            if self._lock_fd >= 0 and self._identity == (status.st_dev, status.st_ino):
+            if self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), os.fstat(self._lock_fd)):
                 return
         except OSError:
             pass
         if self._lock_fd >= 0:
-            log.warning("queue directory %s has vanished or was replaced: opening it anew", self.path)
+            log.warning("queue directory %s, or its lock, has vanished or was replaced: opening it anew", self.path)
         self._detach()
         self._attach()
 
@@ -780,6 +790,7 @@ class DirectoryQueue:
 
     def _sweep(self) -> None:
         """Producers that were killed leave temporary files."""
+        self._trim_failed()
         for name in os.listdir(self.path):
             path = f"{self.path}/{name}"
             if name.startswith(".") and name.endswith(".json.tmp"):
@@ -792,8 +803,8 @@ class DirectoryQueue:
     def _load(self, name: str, stamp: int) -> list[Event]:
         """The file's events, none if it is gone or set aside. Raises UnfinishedError."""
         try:
-            data = self._read(f"{self.path}/{name}")
-            events = parse_events(data, name[:-5], stamp / 1e6, name)
+            data, signature = self._read(f"{self.path}/{name}")
+            events = parse_events(data, name[:-5], stamp / 1e6, (name, signature))
         except FileNotFoundError:
             return []
         except UnfinishedError:
@@ -807,7 +818,8 @@ class DirectoryQueue:
             self._remove(name)
         return events
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, path: str) -> tuple[bytes, Any]:
+        """A regular file's bytes and signature. Raises UnfinishedError, EventError; QueueError for our own trouble."""
         try:
             fd = os.open(path, _READ)  # O_NONBLOCK: a FIFO must not hang us; O_NOFOLLOW: a link must not mislead us
         except FileNotFoundError:
@@ -824,7 +836,7 @@ class DirectoryQueue:
                 raise EventError("not a regular file")
             if status.st_size > self.max_event_bytes:
                 raise EventError(f"{status.st_size} bytes, more than the {self.max_event_bytes} of max_event_bytes")
-            return os.read(fd, status.st_size)
+            return os.read(fd, status.st_size), _signature_of(status)
         except OSError as error:
             raise UnfinishedError(f"cannot be read: {error.strerror}") from None
         finally:
@@ -833,7 +845,10 @@ class DirectoryQueue:
     def _must_wait_for(self, name: str, reason: str) -> bool:
         """Not yet is not never: PHP and shell redirection write non-atomically."""
         now, signature = self._monotonic(), self._signature(name)
-        known = self._suspects.get(name) or _Suspect(now, signature, now)
+        known = self._suspects.get(name)
+        if known is None:
+            idle = self._clock() - signature[2] / 1e9 if signature else 0.0
+            known = _Suspect(now - min(max(idle, 0.0), self._hold), signature, now)
         unchanged_since = known.unchanged_since if signature == known.signature else now
         if now - unchanged_since >= GIVE_UP_SECONDS:
             self._set_aside(name, reason)
@@ -843,10 +858,9 @@ class DirectoryQueue:
 
     def _signature(self, name: str) -> Any:
         try:
-            status = os.lstat(f"{self.path}/{name}")
+            return _signature_of(os.lstat(f"{self.path}/{name}"))
         except OSError:
             return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _drop_stale(self, events: list[Event]) -> list[Event]:
         limit = self._clock() - self._max_age
@@ -868,14 +882,16 @@ class DirectoryQueue:
             if name not in self._stuck:
                 log.error("sent %r, but cannot remove it from %s (%s): it is not sent again; remove it by hand",
                           name, self.path, error.strerror)
-            self._stuck[name] = self._signature(name)
+            self._stuck[name] = self._signature(name), True
 
     def _is_new(self, name: str) -> bool:
         """Whether a stuck name now holds another file; if not, try once more to be rid of it."""
-        if self._signature(name) != self._stuck[name]:
+        signature, sent = self._stuck[name]
+        if self._signature(name) != signature:
             del self._stuck[name]
             return True
-        self._remove(name)
+        if sent:
+            self._remove(name)
         return False
 
     def _set_aside(self, name: str, reason: str) -> None:
@@ -890,22 +906,29 @@ class DirectoryQueue:
             os.rename(f"{self.path}/{name}", target)
         except OSError as error:
             log.error("%r is not an event (%s), and cannot be moved to %s: %s", name, reason, failed, error.strerror)
-            self._stuck[name] = self._signature(name)
+            self._stuck[name] = self._signature(name), False
             return
         log.error("%r is not an event: %s. It is now %r; mend it and move it back", name, reason, target)
         with contextlib.suppress(OSError):  # a full disk, a name of 255 bytes: the log has the reason
             _write(os.open(f"{target}.reason", _CREATE, 0o666), f"{reason}\n".encode("utf-8", "replace"))
-        self._trim_failed(failed)
+        self._trim_failed()
 
-    def _trim_failed(self, failed: str) -> None:
-        names = os.listdir(failed)
-        if len(names) <= 2 * FAILED_FILES:
-            return
-        paths = sorted((f"{failed}/{name}" for name in names), key=lambda path: os.lstat(path).st_ctime_ns)
-        log.warning("%s holds more than %d files: removing the oldest", failed, FAILED_FILES)
-        for path in paths[:len(paths) // 10]:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+    def _trim_failed(self) -> None:
+        """Bounded by count and age."""
+        failed, files = f"{self.path}/failed", []
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(failed):
+                with contextlib.suppress(OSError):  # somebody tidies up at the same time
+                    files.append((entry.stat(follow_symlinks=False).st_ctime, entry.path))
+        files.sort()
+        surplus = len(files) // 10 if len(files) > 2 * FAILED_FILES else 0
+        oldest = self._clock() - FAILED_SECONDS
+        for index, (changed, path) in enumerate(files):
+            if index < surplus or changed < oldest:
+                log.warning("removing %r: %s holds more than %d files, or older ones than %d days", path, failed,
+                            FAILED_FILES, FAILED_SECONDS // 86400)
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
 
 # The producer's calls.
@@ -1196,14 +1219,9 @@ class Host(Protocol):
     settings: Any
     registry: ClientRegistry
 
-    def sending_lock(self) -> threading.Lock:
-        """A new connection's lock."""
-
-    def refresh(self, conn: Connection) -> None:
-        """Any thread: the connection's state, or what it waits for, has changed."""
-
-    def deliver(self, conn: Connection, message: Message) -> None:
-        """The I/O thread: the client sent a message."""
+    def sending_lock(self) -> threading.Lock: ...  # for a new connection
+    def refresh(self, conn: Connection) -> None: ...  # any thread: its state, or what it waits for, has changed
+    def deliver(self, conn: Connection, message: Message) -> None: ...  # the I/O thread: the client sent it
 
 
 # A state is only ever left for a later one:
@@ -1369,17 +1387,6 @@ class Connection:
 
     # The I/O thread.
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    @property
-    def state(self) -> int:
-        return self._state
-
-    @property
-    def waiting_bytes(self) -> int:
-        return self._pending
-
     def interest(self) -> int:
         """What a selector should wait for."""
         reading = 0 if self._inbox is not None and self._inbox.full and self._state == OPEN else selectors.EVENT_READ
@@ -1418,14 +1425,12 @@ class Connection:
     def _on_ping(self, payload: bytes) -> None:
         self.send_frames(encode_frame(PONG, payload))
 
-    def _on_pong(self, payload: bytes) -> None:
-        pass  # read() has noted that the client is alive
-
     def _on_close(self, payload: tuple[int, str]) -> None:
         self._wind_down(LINGERING, encode_close(payload[0]))  # section 5.5.1: echo the code
 
-    _ON_FRAME: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
-        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, PONG: _on_pong, CLOSE: _on_close}
+    _ON_FRAME: ClassVar[dict[int, Callable[[Any, Any], Any]]] = {
+        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, CLOSE: _on_close,
+        PONG: lambda conn, payload: None}  # read() has noted that the client is alive
 
     def tick(self, now: float) -> None:
         """Once a second: is anything overdue?"""
@@ -1562,43 +1567,28 @@ class ClientRegistry:
 class CallbackPool:
     """Runs on_message callbacks: one at a time and in order for each connection, and never on the I/O thread."""
 
-    def __init__(self, run: Callable[[Connection, Message], None], size: int = CALLBACK_THREADS) -> None:
-        self._run, self._size = run, size
-        self._changed = threading.Condition(threading.Lock())  # guards all below
-        self._ready: deque[tuple[Connection, Inbox]] = deque()
-        self._threads: list[threading.Thread] = []
-        self._idle = 0
-        self._stopping = False
+    def __init__(self, run: Callable[[Connection, Message], None]) -> None:
+        self._run = run
+        self._ready: SimpleQueue[tuple[Connection, Inbox] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []  # the I/O thread's
 
     def submit(self, conn: Connection, inbox: Inbox) -> None:
-        with self._changed:
-            self._ready.append((conn, inbox))
-            self._changed.notify()
-            if len(self._ready) <= self._idle or len(self._threads) >= self._size:
-                return
-            thread = threading.Thread(target=self._work, name="wsqueue-callback", daemon=True)
-            self._threads.append(thread)
-        thread.start()
+        self._ready.put((conn, inbox))
+        if len(self._threads) < CALLBACK_THREADS:
+            self._threads.append(threading.Thread(target=self._work, name="wsqueue-callback", daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._idle += 1
-                self._changed.wait_for(lambda: self._ready or self._stopping)
-                self._idle -= 1
-                if not self._ready:
-                    return
-                conn, inbox = self._ready.popleft()
+        for conn, inbox in iter(self._ready.get, None):
             message = inbox.next()
             if message is not None:
                 self._run(conn, message)
-                self.submit(conn, inbox)  # behind the others: a flood from one client does not starve them
+                self._ready.put((conn, inbox))  # behind the others: a flood from one client does not starve them
 
     def stop(self) -> list[threading.Thread]:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-            return self._threads
+        for _ in self._threads:
+            self._ready.put(None)
+        return self._threads
 
 
 class IOThread:
@@ -1679,13 +1669,13 @@ class IOThread:
     def _settle(self, conn: Connection) -> None:
         """Make the selector and the registry agree with the connection's state."""
         before = self._parked.get(conn)
-        if conn.state != OPEN:
+        if conn._state != OPEN:
             self.registry.discard(conn)
             if conn._inbox is not None:
                 conn._inbox.close()
-        if conn.state == CLOSED:
+        if conn._state == CLOSED:
             if before:
-                self._selector.unregister(conn.fileno())
+                self._selector.unregister(conn._sock.fileno())
             self._parked.pop(conn, None)
             conn.dispose()
             return
@@ -1694,11 +1684,11 @@ class IOThread:
             return
         self._parked[conn] = wanted
         if not before and wanted:
-            self._selector.register(conn.fileno(), wanted, conn)
+            self._selector.register(conn._sock.fileno(), wanted, conn)
         elif wanted:
-            self._selector.modify(conn.fileno(), wanted, conn)
+            self._selector.modify(conn._sock.fileno(), wanted, conn)
         elif before:
-            self._selector.unregister(conn.fileno())
+            self._selector.unregister(conn._sock.fileno())
 
     def _finished(self) -> bool:
         if self._stop_by is None or (self._parked and time.monotonic() < self._stop_by):
@@ -1775,6 +1765,8 @@ def websocket_key(request: Request) -> str:
     if headers.get("sec-websocket-version") != "13":
         raise HandshakeError("426 Upgrade Required", "Use version 13 of the WebSocket protocol (RFC 6455).",
                              Sec_WebSocket_Version="13")
+    if "host" not in headers:
+        raise HandshakeError("400 Bad Request", "The Host header is missing.")
     key = headers.get("sec-websocket-key", "")
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
         raise HandshakeError("400 Bad Request", "Sec-WebSocket-Key must be 16 bytes in base64.")
@@ -1810,6 +1802,9 @@ def _refuse(sock: socket.socket, error: HandshakeError) -> None:
             pass
 
 
+_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 0)
+
+
 class _Handshake:
     """Mixed into websocket_server.WebSocketHandler; it lives for one request."""
 
@@ -1820,6 +1815,8 @@ class _Handshake:
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
+        if _NOTSENT_LOWAT:  # without it the kernel hides megabytes, and a client's progress for as long as they take
+            self.request.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, UNSENT_BYTES)
 
     def handle(self) -> None:
         core = self.server.core
@@ -1914,16 +1911,15 @@ class WebSocketServer:
         self._state = "new"  # -> running -> stopping -> stopped -> running
         self._stopped = threading.Event()
         self._spawned: dict[threading.Thread, Any] = {}  # -> the socket or connection it works for
+        self._listener: Any = None
         self.registry = ClientRegistry()
 
     @classmethod
     def get_instance(cls, app: Any = None) -> WebSocketServer:
         """The process's one server, made at the first call."""
         with cls._instance_lock:
-            if cls._instance is None:
-                cls._instance = cls(app)
-            if app is not None:
-                cls._instance.app = app
+            cls._instance = cls._instance or cls()
+            cls._instance.app = cls._instance.app if app is None else app
             return cls._instance
 
     # Settings and routes.
@@ -1931,8 +1927,8 @@ class WebSocketServer:
     def _set(self, **settings: Any) -> WebSocketServer:
         if self._state == "running":
             raise ServerError("the server runs: change its settings before start()")
-        self._given.update(settings)
-        self._settings = checked_settings(self._given)
+        given = {**self._given, **settings}
+        self._settings, self._given = checked_settings(given), given
         return self
 
     def host(self, host: str) -> WebSocketServer:
@@ -1982,7 +1978,8 @@ class WebSocketServer:
             self._launch()
             if ready:
                 ready()
-            self._stopped.wait()
+            while not self._stopped.wait(1.0):  # a signal that comes just before the thread falls asleep wakes nobody
+                pass
         except KeyboardInterrupt:
             log.info("stopping")
         finally:
@@ -2050,7 +2047,8 @@ class WebSocketServer:
             if isinstance(owner, socket.socket):
                 with contextlib.suppress(OSError):
                     owner.shutdown(socket.SHUT_RD)
-        self._join([*self._threads, *self._io.pool.stop(), *spawned])
+        self._join([*self._threads, *spawned])
+        self._join(self._io.pool.stop())  # after the I/O thread, which starts its threads
         if self._queue:
             self._queue.close()
         self._state = "stopped"
@@ -2074,7 +2072,9 @@ class WebSocketServer:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches the server."""
+        """Where a client on this machine reaches the server. Raises ServerError before start()."""
+        if self._listener is None:
+            raise ServerError("the URL is known once the server has started")
         host, port = self._listener.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is read, not bound
         return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
@@ -2148,7 +2148,7 @@ class WebSocketServer:
             try:
                 events = queue.take()
                 if events:
-                    self._pace(self._fan_out(events))
+                    self._pace(self._fan_out(events), sum(len(event.text) for event in events) >= TICK_BYTES)
                     queue.done(events)  # only now: a crash repeats an event, it does not lose it
                     continue
                 trouble = ""
@@ -2159,23 +2159,25 @@ class WebSocketServer:
             queue.wait(self._settings.poll_interval)
 
     def _fan_out(self, events: Iterable[Event]) -> list[Connection]:
-        """Send events, joined into one buffer for each run with the same audience; returns who lags behind."""
+        """Send events, joined into one buffer for each run with the same audience; returns for whom something waits."""
         late: list[Connection] = []
-        lag = self._settings.outbox_bytes // 2
         for to, run in itertools.groupby(events, lambda event: event.to):
             data = b"".join([encode_frame(TEXT, event.text) for event in run])
-            late += [conn for conn in send_to_all(self.registry.audience(to), data) if conn.waiting_bytes > lag]
+            late += send_to_all(self.registry.audience(to), data)
         return late
 
-    def _pace(self, late: list[Connection]) -> None:
-        """Wait for clients that read, just not as fast as a burst: the queue is their buffer.
+    def _pace(self, late: list[Connection], more: bool) -> None:
+        """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
 
-        Many who lag are a busy machine, and wait is all there is to do. A few who lag are slow, and may hold up the
-        others no longer than a moment. Who takes nothing at all is not waited for; tick() closes it.
+        Also, what the kernel has is sent even if we are killed now; what our outboxes have is not, but is still queued.
+        Many who lag are a busy machine, and wait is all there is to do. A few who lag are slow: while more is queued,
+        they may hold up the others to 256 KiB/s, and else no longer than an eye notices. Who takes nothing is not
+        waited for twice; tick() closes it.
         """
-        grace = 1.0 if len(late) * 10 >= len(self.registry) else 0.1
-        deadline = time.monotonic() + 5 * grace
-        while late and time.monotonic() < deadline and not self._stopping.wait(0.002):
+        many = len(late) * 10 >= len(self.registry)
+        grace, patience = (1.0, 5.0) if many else (1.0, 1.0) if more else (0.05, 0.05)
+        deadline = time.monotonic() + patience
+        while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
             late = [conn for conn in late if conn.keeps_up(time.monotonic(), grace)]
 
 
@@ -2215,34 +2217,52 @@ def _parser() -> Any:
 
 def _add_option(parser: Any, setting: Setting) -> None:
     """An option of the same name; its default is the environment's, where the setting has a variable."""
+    import argparse
+
     kind = type(setting.default)
     option = "--" + setting.name.replace("_", "-")
-    default = os.environ.get(setting.variable) or ("ws_queue" if setting.name == "queue" else setting.default)
+    given = os.environ.get(setting.variable)
+    default = given or ("ws_queue" if setting.name == "queue" else setting.default)
     unit = f" [{setting.unit}]" if setting.unit in ("seconds", "bytes") else ""
     variable = f", ${setting.variable}" if setting.variable else ""
-    text = f"{setting.meaning}{unit} (default: {'none' if default in ('', ()) else default}{variable})"
+    shown = "none" if default in ("", ()) else default
+    text = f"{setting.meaning}{unit} (default: {shown}{variable})".replace("%", "%%")
+
+    def convert(value: str) -> Any:  # argparse applies it to a default that is text, too
+        try:
+            return value if kind is tuple else kind(value)
+        except ValueError:
+            source = f" (from {setting.variable})" if value is given else ""
+            raise argparse.ArgumentTypeError(f"must be of type {kind.__name__}, not {value!r}{source}") from None
+
     if kind is bool:
         parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                             help=f"Turn off: {setting.meaning}")
     else:
-        parser.add_argument(option, type=str if kind is tuple else kind, default=None if kind is tuple else default,
+        parser.add_argument(option, type=convert, default=None if kind is tuple else default,
                             action="append" if kind is tuple else "store", metavar=setting.unit.upper(), help=text)
 
 
 def _serve(options: Any) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     given = {name: value for name, value in vars(options).items() if name in _BY_NAME and value is not None}
+    if not given["queue"]:
+        raise SettingError("the name of the queue directory is empty: give --queue DIR")
     server = WebSocketServer(**given)
-    log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
-    server.start(ready=lambda: print(f"listening on {server.url}", flush=True))
+
+    def ready() -> None:
+        print(f"listening on {server.url}", flush=True)
+        log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
+
+    server.start(ready=ready)
     return 0
 
 
 def _send(options: Any) -> int:
-    text = sys.stdin.read() if options.payload == "-" else options.payload
     try:
+        text = sys.stdin.buffer.read().decode() if options.payload == "-" else options.payload
         payload = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"the payload is not JSON ({error}); text needs its quotes: '\"hello\"'") from None
     open_queue(options.queue).put([(options.event, payload)], to=options.to, durable=options.durable)
     return 0
@@ -2259,6 +2279,10 @@ def _status(options: Any) -> int:
 
 
 def _listen_command(options: Any) -> int:
+    for name in ("count", "timeout"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:  # nor NaN
+            raise SettingError(f"--{name} must be more than 0, not {value}")
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     received = 0
     try:
@@ -2267,64 +2291,78 @@ def _listen_command(options: Any) -> int:
             received += 1
             if received == options.count:
                 break
-    except (TimeoutError, socket.timeout):
+    except TimeoutError:
         return 1 if options.count else 0
     return 1 if options.count and received < options.count else 0
 
 
 def receive_messages(url: str, deadline: float | None) -> Iterator[Message]:
     """The messages of a server until it closes. Raises ServerError; TimeoutError at the deadline (monotonic)."""
-    sock, data = _connect(url, deadline)
+    sock, answer = _connect(url, deadline)
     parser = FrameParser(masked=False, max_bytes=64 * MIB)
-    with sock:
+    with sock, answer:
         while True:
+            sock.settimeout(_remaining(deadline))
+            try:
+                data = answer.fp.read1(READ_BYTES)  # what its buffer holds came right behind the 101
+            except socket.timeout:
+                raise TimeoutError from None
+            except OSError as error:
+                raise ServerError(f"the connection to {url} broke: {error.strerror}") from error
+            if not data:
+                raise ServerError(f"{url} closed the connection without saying goodbye")
             for opcode, payload in parser.feed(data):
                 if opcode in (TEXT, BINARY):
                     yield payload
-                elif opcode == PING:
-                    sock.sendall(encode_frame(PONG, payload, mask=os.urandom(4)))
-                elif opcode == CLOSE:
-                    sock.sendall(encode_frame(CLOSE, b"", mask=os.urandom(4)))
+                elif opcode != PONG:
+                    with contextlib.suppress(OSError):  # the next read will tell
+                        reply = (PONG, payload) if opcode == PING else (CLOSE, b"")
+                        sock.sendall(encode_frame(*reply, mask=os.urandom(4)))
+                if opcode == CLOSE:
                     return
-            sock.settimeout(_remaining(deadline))
-            data = sock.recv(READ_BYTES)
-            if not data:
-                raise ServerError(f"{url} closed the connection without saying goodbye")
 
 
 def _remaining(deadline: float | None) -> float | None:
-    if deadline is None:
-        return None
-    if time.monotonic() >= deadline:
+    if deadline is not None and time.monotonic() >= deadline:
         raise TimeoutError
-    return deadline - time.monotonic()
+    return None if deadline is None else deadline - time.monotonic()
 
 
-def _connect(url: str, deadline: float | None) -> tuple[socket.socket, bytes]:
-    """The client's side of the handshake (RFC 6455, section 4.1): the socket, and what came behind the 101."""
+def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
+    """The client's side of the handshake (RFC 6455, section 4.1): the socket, and the response, which reads it."""
+    import http.client
     from base64 import b64encode
+    from hashlib import sha1
     from urllib.parse import urlsplit
 
-    target = urlsplit(url)
-    if target.scheme not in ("ws", "wss") or not target.hostname:
-        raise SettingError(f"{url!r} is not a WebSocket URL such as ws://127.0.0.1:8081/")
     try:
-        port = target.port or (443 if target.scheme == "wss" else 80)
-        sock = socket.create_connection((target.hostname, port), _remaining(deadline))
-        if target.scheme == "wss":
-            import ssl
-
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=target.hostname)
+        target = urlsplit(url)
+        make = {"ws": http.client.HTTPConnection, "wss": http.client.HTTPSConnection}[target.scheme]
+        client = make(target.hostname or "", target.port, timeout=_remaining(deadline) or 10.0)
         path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-        key = b64encode(os.urandom(16)).decode()
-        sock.sendall((f"GET {path} HTTP/1.1\r\nHost: {target.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                      f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode())
-        head, rest = read_head(sock, _remaining(deadline) or 10.0)
-    except (OSError, HandshakeError, ValueError) as error:
+        if not target.hostname:
+            raise ValueError
+    except (KeyError, ValueError, http.client.InvalidURL):
+        raise SettingError(f"{url!r} is not a WebSocket URL such as ws://127.0.0.1:8081/") from None
+    key = b64encode(os.urandom(16))
+    try:
+        client.request("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
+                                             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key.decode()})
+        answer = client.getresponse()
+        accept = b64encode(sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()  # noqa: S324
+        if answer.status != 101:
+            sentence = answer.read(KIB).decode("utf-8", "replace").strip()
+            raise ServerError(f"{url} answered {answer.status} {answer.reason}: {sentence}")
+        if answer.headers["Sec-WebSocket-Accept"] != accept:
+            raise http.client.BadStatusLine("the wrong Sec-WebSocket-Accept")
+    except (socket.timeout, http.client.HTTPException) as error:
+        raise ServerError(f"{url} does not answer as a WebSocket server does") from error
+    except (OSError, ValueError) as error:
         raise ServerError(f"cannot connect to {url}: {error}") from error
-    if not head.startswith(b"HTTP/1.1 101"):
-        raise ServerError(f"{url} answered {head.splitlines()[0].decode('latin-1')}: {rest.decode('latin-1').strip()}")
-    return sock, rest
+    return client.sock, answer
+
+
+_COMMANDS = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2332,10 +2370,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
         arguments.insert(0, "serve")
-    options = _parser().parse_args(arguments)
-    run = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status}[options.command]
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end us
     try:
-        return run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            return _COMMANDS[options.command](options)
+        finally:
+            sys.stdout.flush()  # here, and not at the interpreter's exit, a reader that has left is no trouble
     except SettingError as error:
         print(f"wsqueue: {error}", file=sys.stderr)
         return 2

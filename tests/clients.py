@@ -1,0 +1,296 @@
+"""Clients that say and see exactly what goes over the wire, and a server for them.
+
+Nothing here uses the module's own frames: a mistake that it made twice would cancel itself out.
+"""
+
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import websocket
+from websockets.sync.client import connect as websockets_connect
+
+from helpers import TIME_UNIT, eventually
+from wsqueue import WebSocketServer
+
+TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
+MASK = b"\x37\xfa\x21\x3d"  # the one in the examples of RFC 6455, section 5.7
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # the one of section 1.3
+PATIENCE = 10.0 * TIME_UNIT  # what comes at all comes sooner
+
+# A developer's proxy is not for clients that talk to their own machine.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
+
+
+@contextmanager
+def serving(handlers=None, callbacks=None, **settings):
+    """A started server on a free port; stopped when the block ends."""
+    server = WebSocketServer(port=0, **{"close_timeout": 1.0, **settings})
+    for path, handler in (handlers or {}).items():
+        server.on(path, handler)
+    for path, callback in (callbacks or {}).items():
+        server.on_message(path, callback)
+    server.start(background=True)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+# ---- Frames ------------------------------------------------------------------------------------------------
+
+
+def frame_head(first, size, masked=True, form=None):
+    """The bytes before mask and payload; `form` 7, 16 or 64 forces how the length is written."""
+    form = form or (7 if size < 126 else 16 if size < 65536 else 64)
+    marker = {7: size, 16: 126, 64: 127}[form]
+    length = {7: b"", 16: struct.pack("!H", size & 0xFFFF), 64: struct.pack("!Q", size)}[form]
+    return bytes((first, marker | (0x80 if masked else 0))) + length
+
+
+def client_frame(opcode, payload=b"", *, fin=True, mask=MASK):
+    """One frame as a client sends it."""
+    masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+    return frame_head(opcode | (0x80 if fin else 0), len(payload)) + mask + masked
+
+
+def close_payload(code, reason=""):
+    return struct.pack("!H", code) + reason.encode()
+
+
+# ---- HTTP --------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a server said instead of 101."""
+
+    status: int
+    headers: dict
+    body: str
+
+
+def handshake(target="/", **changes):
+    """A handshake request; `Some_Name="value"` sets a header, None leaves it out."""
+    headers = {
+        "Host": "127.0.0.1",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": KEY,
+        "Sec-WebSocket-Version": "13",
+    }
+    headers.update({name.replace("_", "-"): value for name, value in changes.items()})
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
+    return (f"GET {target} HTTP/1.1\r\n" + "".join(lines) + "\r\n").encode()
+
+
+def open_socket(url, receive_buffer=None):
+    """A connected socket with a deadline; a small receive buffer makes a client that takes little."""
+    target = urlsplit(url)
+    sock = socket.socket(socket.AF_INET6 if ":" in target.hostname else socket.AF_INET)
+    try:
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.settimeout(PATIENCE)
+        sock.connect((target.hostname, target.port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def read_to_end(sock):
+    """All that comes until the peer closes."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def exchange(url, request):
+    """Send a request, read to the end of the stream, and return the Answer."""
+    with open_socket(url) as sock:
+        sock.sendall(request)
+        return parse_answer(read_to_end(sock))
+
+
+def parse_answer(data):
+    head, _, body = data.decode("latin-1").partition("\r\n\r\n")
+    first, *lines = head.split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return Answer(int(first.split(" ")[1]), headers, body)
+
+
+# ---- WebSocket, byte by byte -------------------------------------------------------------------------------
+
+
+class RawClient:
+    """A WebSocket client that does nothing by itself, but for recv(), which answers pings."""
+
+    def __init__(self, url, target="/", *, receive_buffer=None, behind=b"", **headers):
+        """behind: sent in one piece with the handshake request."""
+        self.socket = open_socket(url, receive_buffer)
+        self._data = bytearray()
+        try:
+            self.socket.sendall(handshake(target, **headers) + behind)
+            self.head = self._read_head()
+            assert self.head.startswith("HTTP/1.1 101 "), self.head
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, message):
+        """Send a whole message, text for str and binary for bytes."""
+        text = isinstance(message, str)
+        self.send_frame(TEXT if text else BINARY, message.encode() if text else message)
+
+    def send_frame(self, opcode, payload=b"", **frame):
+        self.socket.sendall(client_frame(opcode, payload, **frame))
+
+    def _read_head(self):
+        while b"\r\n\r\n" not in self._data:
+            self.read_more()
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        return head.decode("latin-1")
+
+    def read_more(self):
+        """Receive once, whatever there is, and return it; read_frame() and the rest will find it."""
+        data = self.socket.recv(65536)
+        if not data:
+            raise EOFError(f"the stream ended with {bytes(self._data[-80:])!r} unread")
+        self._data += data
+        return data
+
+    def _take(self, size):
+        while len(self._data) < size:
+            self.read_more()
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+    def read_frame(self):
+        """(opcode, payload) of the next frame, which must be whole and unmasked, as every frame of a server."""
+        first, size = self._take(2)
+        assert first & 0xF0 == 0x80, f"first byte {first:#x}"
+        assert size < 128, "a server must not mask"
+        if size > 125:
+            size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+        return first & 0x0F, self._take(size)
+
+    def recv(self):
+        """The next message."""
+        while True:
+            opcode, payload = self.read_frame()
+            if opcode == PING:
+                self.send_frame(PONG, payload)
+            elif opcode in (TEXT, BINARY):
+                return payload.decode() if opcode == TEXT else payload
+            else:
+                assert opcode == PONG, f"opcode {opcode}, payload {payload!r}, instead of a message"
+
+    def events(self, count):
+        """The next messages, each a JSON text."""
+        return [json.loads(self.recv()) for _ in range(count)]
+
+    def payloads(self, count):
+        return [event["payload"] for event in self.events(count)]
+
+    def read_close(self):
+        """The code and the reason of the close frame; what comes before it is skipped."""
+        while True:
+            opcode, payload = self.read_frame()
+            if opcode == CLOSE:
+                return (int.from_bytes(payload[:2], "big") if payload else None), payload[2:].decode()
+
+    def close_code(self):
+        return self.read_close()[0]
+
+    def ended(self):
+        """Whether nothing but the end of the stream is left; a reset raises ConnectionResetError."""
+        return not self._data and not self.socket.recv(1)
+
+    def close(self, code=1000):
+        """The whole closing handshake, and the end; returns the code that the server answered with."""
+        self.send_frame(CLOSE, close_payload(code))
+        answer = self.close_code()
+        assert self.ended()
+        self.socket.close()
+        return answer
+
+
+def enter(server, target="/", **kw):
+    """A client that the server knows, and the server's side of it."""
+    known = server.get_connections()
+    client = RawClient(server.url, target, **kw)
+    fresh = eventually(lambda: [conn for conn in server.get_connections() if conn not in known], what="the client")
+    return client, fresh[0]
+
+
+def everybody_has_left(server):
+    eventually(lambda: server.get_connection_count() == 0, what="every client to be gone")
+
+
+def still_reaches(server, client):
+    """Whether a client that was not concerned by what happened is served: the next it gets is a broadcast."""
+    server.broadcast("still", 1)
+    return client.events(1)[0]["payload"] == 1
+
+
+class Reader(threading.Thread):
+    """Keeps a client reading, for `count` messages or to the end; `pause` seconds after each make it a slow one."""
+
+    def __init__(self, client, count=None, pause=0.0):
+        super().__init__(name="test-reader", daemon=True)
+        self.client, self.count, self.pause = client, count, pause
+        self.messages = []
+        self.error = None  # how the stream ended, if it did
+        self.start()
+
+    def run(self):
+        try:
+            while self.count is None or len(self.messages) < self.count:
+                self.messages.append(self.client.recv())
+                if self.pause:
+                    time.sleep(self.pause)
+        except (EOFError, OSError, AssertionError) as error:
+            self.error = error
+
+    def payloads(self):
+        """All of them, once the thread has read what it was to read."""
+        self.join(3 * PATIENCE)
+        assert not self.is_alive(), f"only {len(self.messages)} messages came"
+        assert self.count is None or self.error is None, f"after {len(self.messages)} messages: {self.error!r}"
+        return [json.loads(message)["payload"] for message in self.messages]
+
+
+# ---- Clients that others wrote -----------------------------------------------------------------------------
+
+
+@contextmanager
+def use_websockets(url):
+    """The `websockets` package."""
+    with websockets_connect(url, open_timeout=PATIENCE, close_timeout=PATIENCE) as client:
+        yield SimpleNamespace(send=client.send, recv=lambda: client.recv(timeout=PATIENCE))
+
+
+@contextmanager
+def use_websocket_client(url):
+    """The `websocket-client` package."""
+    with closing(websocket.create_connection(url, timeout=PATIENCE)) as client:
+
+        def send(message):
+            client.send(message) if isinstance(message, str) else client.send_binary(message)
+
+        yield SimpleNamespace(send=send, recv=client.recv)
+
+
+LIBRARIES = {"websockets": use_websockets, "websocket-client": use_websocket_client}

@@ -1,0 +1,517 @@
+"""README.md: every block of code in it is run, its tables are what the program declares, and its links lead somewhere.
+
+A block is preceded by a comment with its role, `<!-- run: ROLE -->`, and each role has a function below which runs such
+a block for what it is. Run as a program, this file writes the settings table into README.md anew.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wsqueue
+from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually, run_cli, spawn_server
+
+README = ROOT / "README.md"
+TEXT = README.read_text("utf-8")
+PORT = "8081"  # what the page says; each test puts one of its own in its place
+
+# ---- The page's parts --------------------------------------------------------------------------------------
+
+FENCE = re.compile(r"(?:^<!-- run: ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block:
+    """One block of code: what it is written in, what it is there for, and its text."""
+
+    def __init__(self, match):
+        self.role, *self.words = (match[1] or "without a role").split()
+        self.language, self.code = match[2], match[3]
+        self.line = TEXT.count("\n", 0, match.start()) + 1
+
+    def __repr__(self):
+        return f"{self.language}-{self.role}-line-{self.line}"
+
+
+BLOCKS = [Block(match) for match in FENCE.finditer(TEXT)]
+PROSE = FENCE.sub("", TEXT)
+
+
+def settings_table():
+    """The declared settings as the page shows them."""
+    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
+    for setting in wsqueue.SETTINGS:
+        rows.append(f"| `{setting.name}` | {shown_default(setting)} | {setting.meaning} |")
+        if setting.variable:
+            rows[-1] = f"{rows[-1][:-2]} `${setting.variable}` |"
+    return "\n".join(rows) + "\n"
+
+
+def shown_default(setting):
+    """A value with its unit, where it has one."""
+    if setting.default in ("", ()):
+        return "none"
+    if type(setting.default) is bool:
+        return "on" if setting.default else "off"
+    value = f"{setting.default:g}" if type(setting.default) is float else str(setting.default)
+    return f"{value} {setting.unit}" if setting.unit in ("seconds", "bytes") else value
+
+
+SETTINGS_TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
+
+
+def test_settings_table_is_the_declared_one():
+    """The page and the program say the same about each setting; `python tests/test_readme.py` makes it so."""
+    assert SETTINGS_TABLE.search(TEXT)[0] == settings_table()
+
+
+def test_there_is_no_other_code():
+    """Code stands in fenced blocks, because those are run: an indented block would not be."""
+    assert PROSE.count("```") == 0
+    assert re.findall(r"\n\n(?: {4}|\t)[^\n]*", PROSE) == []
+
+
+@pytest.mark.parametrize("command", ["serve", "send", "listen", "status"])
+def test_every_command_is_described(command):
+    """The table of commands has a row for each."""
+    assert re.search(rf"^\| `{command}\b", PROSE, re.MULTILINE)
+
+
+# ---- Links -------------------------------------------------------------------------------------------------
+
+
+def anchors():
+    """The anchor of each heading, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links():
+    return [link for link in re.findall(r"\]\(([^)]*)\)", PROSE) if not re.match(r"https?://", link)]
+
+
+@pytest.mark.parametrize("link", sorted(set(links())))
+def test_links_lead_somewhere(link):
+    """A link within the repository names a file that is there, and a heading that is there."""
+    path, _, anchor = link.partition("#")
+    assert not path or (ROOT / path).exists()
+    assert not anchor or anchor in anchors()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|examples)/[\w./-]+)", TEXT))))
+def test_files_that_are_named_exist(path):
+    """A file of the repository that the page names is there; but for what only a run of the tests makes."""
+    assert (ROOT / path).exists() or path.startswith("tests/.venv") or path.endswith(".php")
+
+
+# ---- A place to run a block in -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty directory; `wsqueue` is a command and a module there, and nothing of ours is in the environment."""
+    for name in [name for name in os.environ if name.startswith("WS_")]:
+        monkeypatch.delenv(name)
+    programs, modules, here = tmp_path / "bin", tmp_path / "lib", tmp_path / "here"
+    for directory in (programs, modules, here):
+        directory.mkdir()
+    shutil.copy(WSQUEUE, str(modules))
+    script(programs / "wsqueue", f'exec "{sys.executable}" "{modules}/wsqueue.py" "$@"')
+    script(programs / "python3", f'exec "{sys.executable}" "$@"')
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    monkeypatch.chdir(here)
+    return here
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n", "utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def interpreter(block):
+    """The command that runs a block's file."""
+    commands = {"python": [sys.executable, "-W", "error"], "php": [shutil.which("php")], "sh": ["bash", "-eu"]}
+    command = commands[block.language]
+    if command[0] is None:
+        pytest.skip("needs Debian's php-cli")
+    return command
+
+
+def run(block, code=None, **more):
+    """Run a block to its end; it must succeed and complain of nothing."""
+    Path("block").write_text(code or block.code, "utf-8")
+    command = [*interpreter(block), "block"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60 * TIME_UNIT, **more)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return done.stdout
+
+
+@contextmanager
+def started(block, code=None, **more):
+    """Run a block that does not end by itself; its whole group is ended when the Python block ends."""
+    Path("block").write_text(code or block.code, "utf-8")
+    with open("out", "wb") as out, open("err", "wb") as err:
+        process = subprocess.Popen([*interpreter(block), "block"], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                   start_new_session=True, **more)
+    try:
+        yield process
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(10 * TIME_UNIT)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        process.wait()
+    assert "Traceback" not in Path("err").read_text("utf-8")
+
+
+@contextmanager
+def reserved_port():
+    """A port that nobody else is given, and that a server may still take: bound, but not listening."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("", 0))
+        yield str(sock.getsockname()[1])
+
+
+@contextmanager
+def client(port, path, process=None):
+    """A client of a server that is about to listen."""
+
+    def listens():
+        assert process is None or process.poll() is None, Path("err").read_text("utf-8")
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", int(port))) == 0
+
+    eventually(listens, 30.0, f"a server at port {port}")
+    with connect(f"ws://127.0.0.1:{port}{path}") as connection:
+        yield connection
+
+
+def receive(connection):
+    """The next event, as (name, payload)."""
+    message = json.loads(connection.recv(timeout=10 * TIME_UNIT))
+    assert set(message) == {"event", "payload", "timestamp"}
+    return message["event"], message["payload"]
+
+
+# ---- The roles ---------------------------------------------------------------------------------------------
+
+ROLES = {}
+
+
+def role(function):
+    """Register a function that runs the blocks of the role it is named after."""
+    ROLES[function.__name__] = function
+    return function
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=repr)
+def test_block(block, place, request):
+    """It does what the page says that it does; a block that says nothing of its role is not run, and so it fails."""
+    assert block.role in ROLES, f"line {block.line}: say what it is for: <!-- run: ROLE -->, with one of {list(ROLES)}"
+    ROLES[block.role](block, request)
+
+
+@role
+def setup(block, request):
+    """In a fresh copy of the checkout, with an index of packages that has what this environment has."""
+    for name in ("setup.py", "wsqueue.py", "README.md", "LICENSE"):
+        shutil.copy(str(ROOT / name), name)
+    Path("wheels").mkdir()
+    for name in ("websocket-server", "setuptools"):
+        repack(name, Path("wheels"))
+    with zipfile.ZipFile("wheels/wheel-1-py3-none-any.whl", "w") as empty:  # older pips ask for it and do not use it
+        for name, text in (("METADATA", "Metadata-Version: 2.1\nName: wheel\nVersion: 1\n"), ("RECORD", ""),
+                           ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")):
+            empty.writestr(f"wheel-1.dist-info/{name}", text)
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": os.path.abspath("wheels"),
+                   "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "WS_PORT": "0"}
+    del environment["PYTHONPATH"]  # the package that was installed must do
+    with started(block, env=environment) as process:
+        def port():
+            assert process.poll() is None, Path("err").read_text("utf-8")
+            return re.search(r"^listening on ws://127\.0\.0\.1:(\d+)$", Path("out").read_text("utf-8"), re.MULTILINE)
+
+        with client(eventually(port, 50.0, "the server")[1], "/") as connection:
+            assert wsqueue.queue_event("ws_queue", "order_paid", {"id": 42})
+            assert receive(connection) == ("order_paid", {"id": 42})
+
+
+def repack(name, directory):
+    """Make a wheel of a package that is installed."""
+    package = metadata.distribution(name)
+    with zipfile.ZipFile(str(directory / f"{name.replace('-', '_')}-{package.version}-py3-none-any.whl"), "w") as wheel:
+        for file in package.files:
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                wheel.write(str(package.locate_file(file)), str(file))
+
+
+@role
+def suite(block, request):
+    """This is what runs these tests; run from here, it would do so for ever."""
+    command = block.code.strip()
+    assert command == "tests/run" and os.access(str(ROOT / command), os.X_OK)
+
+
+@role
+def producer(block, request):
+    """The events that its role lists arrive at a client, in that order, and no other."""
+    with spawn_server("--queue", "ws_queue") as server, client(server.port, "/") as connection:
+        run(block)
+        for name in block.words:
+            assert receive(connection)[0] == name
+        wsqueue.queue_event("ws_queue", "the last one")
+        assert receive(connection)[0] == "the last one"
+        eventually(lambda: os.listdir("ws_queue") == [".wsqueue.lock"], what="a directory without events")
+
+
+@role
+def event(block, request):
+    """It is what an event file may hold; its topics and its timestamp count."""
+    with spawn_server("--queue", "ws_queue") as server, client(server.port, "/orders") as connection:
+        Path("ws_queue/.x.tmp").write_text(block.code, "utf-8")
+        os.rename("ws_queue/.x.tmp", "ws_queue/x.json")
+        expected = {key: json.loads(block.code)[key] for key in ("event", "payload", "timestamp")}
+        assert json.loads(connection.recv(timeout=10 * TIME_UNIT)) == expected
+
+
+@role
+def layout(block, request):
+    """A directory that is served has what it shows, once a file was broken and a producer was killed."""
+    names = re.findall(r"^  (\S+)", block.code, re.MULTILINE)
+    assert names == ["NAME.json", ".NAME.json.tmp", ".wsqueue.lock", "failed/"]
+    with spawn_server("--queue", "ws_queue"):
+        Path("ws_queue/.a.json.tmp").write_text("{", "utf-8")
+        Path("ws_queue/b.json").write_text("1", "utf-8")
+        eventually(lambda: os.path.exists("ws_queue/failed/b.json.reason"), what="a reason")
+        assert sorted(os.listdir("ws_queue")) == [".a.json.tmp", ".wsqueue.lock", "failed"]
+        assert sorted(os.listdir("ws_queue/failed")) == ["b.json", "b.json.reason"]
+
+
+@role
+def server(block, request):
+    """Each route does what its comment says, and queued events arrive."""
+    assert block.code.count(PORT) == 1
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        with client(port, "/notifications?name=Ada", process) as connection:
+            welcome = {"event": "connected", "payload": {"name": "Ada", "from": f"127.0.0.1:{port}"}}
+            assert json.loads(connection.recv(timeout=10 * TIME_UNIT)) == welcome
+            assert wsqueue.queue_event("logs/ws_queue", "order_paid")
+            assert receive(connection) == ("order_paid", None)
+        with client(port, "/echo") as connection:
+            for message in ("one", b"two"):
+                connection.send(message)
+                assert connection.recv(timeout=10 * TIME_UNIT) == message
+        with client(port, "/chat") as one, client(port, "/chat") as two:
+            one.send("hello")
+            assert receive(one) == receive(two) == ("said", {"text": "hello"})
+
+
+@role
+def topics(block, request):
+    """Who is on a topic gets its events, and nobody else; what is sent is the block of the role `to`."""
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process, ExitStack() as stack:
+        paths = ("/orders?customer=7", "/orders?customer=8", "/news", "/")
+        connections = [stack.enter_context(client(port, path, process)) for path in paths]
+        joined(connections[0], "customer:7")
+        joined(connections[1], "customer:8")
+        run(next(other for other in BLOCKS if other.role == "to"))
+        wanted = [["order_paid", "shop_closes"], ["shop_closes"], ["shop_closes"], []]
+        for connection, names in zip(connections, wanted):
+            assert [receive(connection)[0] for _ in names] == names
+        wsqueue.queue_event("ws_queue", "the last one")
+        for connection in connections:
+            assert receive(connection)[0] == "the last one"
+
+
+@role
+def to(block, request):
+    """What it sends is told apart by who gets it: see topics()."""
+    assert "topics" in [other.role for other in BLOCKS]
+    run(block)
+    assert len(list(Path("ws_queue").glob("*.json"))) == block.code.count("queue_event(")
+
+
+def joined(connection, topic):
+    """A handler runs after its client is connected: send to the topic until something arrives, and take it all."""
+
+    def arrived():
+        wsqueue.queue_event("ws_queue", "probe", to=topic)
+        try:
+            return connection.recv(timeout=0.1)
+        except TimeoutError:
+            return None
+
+    eventually(arrived, what=f"an event to {topic}")
+    wsqueue.queue_event("ws_queue", "end of probes", to=topic)
+    while receive(connection)[0] != "end of probes":
+        pass
+
+
+@role
+def embedded(block, request):
+    """It serves until it is stopped, and is gone then; here it waits for a line before that."""
+    assert block.code.endswith("\nserver.stop()\n")
+    with reserved_port() as port:
+        code = block.code.replace(PORT, port).replace("\nserver.stop()\n", "\ninput()\nserver.stop()\n")
+        Path("block").write_text(code, "utf-8")
+        process = subprocess.Popen([*interpreter(block), "-u", "block"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, encoding="utf-8")
+        try:
+            assert process.stdout.readline() == f"ws://127.0.0.1:{port} 0 True\n"
+            with client(port, "/") as connection:
+                wsqueue.queue_event("ws_queue", "order_paid")
+                assert receive(connection) == ("order_paid", None)
+                output, errors = process.communicate("\n", timeout=20 * TIME_UNIT)
+                assert (process.returncode, output, errors) == (0, "", "")
+                with pytest.raises(ConnectionClosed, match="1001"):
+                    connection.recv(timeout=10 * TIME_UNIT)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@role
+def serve(block, request):
+    """The command as it stands, but for the port, brings events to a client."""
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        with client(port, "/", process) as connection:
+            assert run_cli("send", "hello", "--queue", "ws_queue").returncode == 0
+            assert receive(connection) == ("hello", None)
+
+
+@role
+def commands(block, request):
+    """All of them succeed, while a server runs and somebody sends what is listened for."""
+    with spawn_server("--queue", "ws_queue") as server, client(server.port, "/reports") as witness:
+        stop = threading.Event()
+
+        def send():
+            while not stop.wait(0.05):
+                wsqueue.queue_event("ws_queue", "report_ready", {"rows": 7}, to="/reports")
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            output = run(block, block.code.replace(PORT, str(server.port)))
+        finally:
+            stop.set()
+            sender.join()
+        assert re.search(rf"process {server.pid}\b", output)
+        assert json.loads(output.splitlines()[-1])["event"] == "report_ready"
+        heard = [receive(witness)]
+        while heard[-1] != ("report_ready", {"rows": 1200}):
+            heard.append(receive(witness))
+        assert ("order_paid", {"id": 42}) in heard
+
+
+# ---- In the browser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Debian's Chromium, without a window; the same for all blocks."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server",
+                   "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                   f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(switch)
+    browser = webdriver.Chrome(options=options, service=Service(executable_path=driver))
+    yield browser
+    browser.quit()
+
+
+@contextmanager
+def page(code):
+    """A page with the code in it, which hands what it shows to `shown`; yields its address."""
+    Path("site").mkdir(exist_ok=True)
+    Path("site/index.html").write_text(
+        "<!doctype html><meta charset=utf-8><script>const shown = [];"
+        "console.log = show = message => shown.push(message); Math.random = () => 0;"
+        "refresh = () => shown.push({event: 'refresh'});</script>"
+        f"<script>{code}</script>", "utf-8")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory="site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{site.server_address[1]}/"
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+def wait_for_shown(driver, name):
+    """The payload of the newest event that the page has shown, once it has the given name."""
+
+    def found():
+        shown = driver.execute_script("return shown")
+        return shown and shown[-1]["event"] == name and shown[-1]
+
+    return eventually(found, 20.0, f"{name} in the browser")
+
+
+@role
+def browser(block, request):
+    """The page logs an event of the shape that its comment shows."""
+    driver = request.getfixturevalue("chromium")
+    with spawn_server("--queue", "ws_queue") as server, page(block.code.replace(PORT, str(server.port))) as url:
+        driver.get(url)
+        eventually(lambda: driver.execute_script("return socket.readyState === WebSocket.OPEN"), what="a connection")
+        wsqueue.queue_event("ws_queue", "order_paid", {"id": 42})
+        message = wait_for_shown(driver, "order_paid")
+        assert sorted(message) == ["event", "payload", "timestamp"] and message["payload"] == {"id": 42}
+        driver.get("about:blank")
+
+
+@role
+def reconnect(block, request):
+    """The page shows events of a server, and of the next one at the same place; it refreshes in between."""
+    driver = request.getfixturevalue("chromium")
+    with reserved_port() as port, page(block.code.replace(PORT, port)) as url:
+        for number in (1, 2):
+            with spawn_server("--queue", "ws_queue", "--port", port):
+                if number == 1:
+                    driver.get(url)
+                wait_for_shown(driver, "refresh")
+                wsqueue.queue_event("ws_queue", f"event {number}", to="/orders")
+                wait_for_shown(driver, f"event {number}")
+        driver.get("about:blank")
+
+
+# ---- As a program ------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    README.write_text(SETTINGS_TABLE.sub(lambda _: settings_table(), TEXT), "utf-8")
