@@ -664,6 +664,7 @@ class DirectoryQueue:
                 raise QueueError(f"queue directory {self.path} must be readable and writable for user id {os.getuid()}:"
                                  " sent events are removed from it")
             self._lock_fd = _lock_directory(self.path)
+            self._lock_status = os.fstat(self._lock_fd)
         except OSError as error:
             which = f" ({error.filename})" if error.filename and error.filename != self.path else ""
             raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}{which}") from error
@@ -745,7 +746,7 @@ class DirectoryQueue:
     def _reattach_if_replaced(self) -> None:
         """Directories are removed, renamed and mounted over while a server runs, and lock files tidied away."""
         try:
-            if self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), os.fstat(self._lock_fd)):
+            if self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), self._lock_status):
                 return
         except OSError:
             pass
@@ -2009,7 +2010,7 @@ class WebSocketServer:
         self._stopping = threading.Event()
         self._io = IOThread(self.registry, settings, self._callbacks)
         self._threads = [self._io.thread, threading.Thread(
-            target=self._listener.serve_forever, name="wsqueue-accept", daemon=True)]
+            target=self._listener.serve_forever, args=(2.0,), name="wsqueue-accept", daemon=True)]
         if self._queue:
             self._threads.append(threading.Thread(target=self._consume, args=(self._queue,), name="wsqueue-queue",
                                                   daemon=True))
@@ -2034,7 +2035,7 @@ class WebSocketServer:
     def _shut_down(self) -> None:
         self._stopping.set()
         with contextlib.suppress(OSError):
-            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes its selector; it would sleep for half a second
+            self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes its selector; it would sleep for two seconds
         self._listener.shutdown()
         self._listener.server_close()
         if self._queue:
