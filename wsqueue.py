@@ -587,7 +587,7 @@ class _Kqueue:
 def _watch(directory: str) -> _Inotify | _Kqueue | None:
     try:
         return _Inotify(directory) if sys.platform.startswith("linux") else _Kqueue(directory)
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ImportError) as error:  # a Python may lack ctypes
         log.info("no kernel wake-up for %s (%s): events wait for the next poll", directory, error)
         return None
 
@@ -916,18 +916,12 @@ class DirectoryQueue:
 
     def _trim_failed(self) -> None:
         """Bounded by count and age."""
-        failed, files = f"{self.path}/failed", []
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(failed):
-                with contextlib.suppress(OSError):  # somebody tidies up at the same time
-                    files.append((entry.stat(follow_symlinks=False).st_ctime, entry.path))
-        files.sort()
-        surplus = len(files) // 10 if len(files) > 2 * FAILED_FILES else 0
-        oldest = self._clock() - FAILED_SECONDS
-        for index, (changed, path) in enumerate(files):
-            if index < surplus or changed < oldest:
-                log.warning("removing %r: %s holds more than %d files, or older ones than %d days", path, failed,
-                            FAILED_FILES, FAILED_SECONDS // 86400)
+        failed, oldest = f"{self.path}/failed", self._clock() - FAILED_SECONDS
+        with contextlib.suppress(OSError):  # none, or somebody else tidies up: then the next time
+            files = sorted((entry.stat(follow_symlinks=False).st_ctime, entry.path) for entry in os.scandir(failed))
+            surplus = len(files) // 10 if len(files) > 2 * FAILED_FILES else 0
+            for path in [path for index, (changed, path) in enumerate(files) if index < surplus or changed < oldest]:
+                log.warning("removing %r: more than %d files, or older than a month", path, FAILED_FILES)
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
@@ -1049,9 +1043,8 @@ class FrameParser:
     def __init__(self, *, masked: bool, max_bytes: int) -> None:
         self._masked, self._max_bytes = masked, max_bytes
         self._buffer = bytearray()
-        self._parts: list[bytes] = []  # of the fragmented message (section 5.4) in hand
+        self._message = bytearray()  # what has come of the fragmented one (section 5.4) in hand
         self._opcode = CONTINUATION  # its opcode; CONTINUATION: there is none
-        self._size = 0  # bytes in _parts
 
     @property
     def at_rest(self) -> bool:
@@ -1071,14 +1064,13 @@ class FrameParser:
             elif opcode & _CONTROL:
                 yield opcode, payload
             else:
-                self._parts.append(payload)
-                self._size += len(payload)
+                self._message += payload
                 if fin:
                     yield self._finish_message()
 
     def _finish_message(self) -> tuple[int, Message]:
-        opcode, payload = self._opcode, b"".join(self._parts)
-        self._parts, self._opcode, self._size = [], CONTINUATION, 0
+        opcode, payload = self._opcode, bytes(self._message)
+        self._message, self._opcode = bytearray(), CONTINUATION
         return opcode, _decode_text(payload) if opcode == TEXT else payload
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
@@ -1127,7 +1119,7 @@ class FrameParser:
         return size
 
     def _check_size(self, opcode: int, size: int) -> None:
-        if not opcode & _CONTROL and self._size + size > self._max_bytes:
+        if not opcode & _CONTROL and len(self._message) + size > self._max_bytes:
             raise ProtocolError(TOO_BIG, f"a message of more than {self._max_bytes} bytes")
 
 
@@ -1157,13 +1149,16 @@ def parse_request(head: bytes) -> Request:
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
-        if not colon or not name or name != name.strip() or "\0" in line:
+        if not colon or not name or name != name.strip() or set("\0\r\n") & set(line):
             raise HandshakeError("400 Bad Request", "A header line of this request is malformed.")
         name, value = name.lower(), value.strip()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     try:
         target = urlsplit(words[1])
-        return Request(words[0], unquote(target.path) or "/", dict(parse_qsl(target.query, True)), headers)
+        path = unquote(target.path) or "/"
+        if not path.startswith("/"):  # it is a topic, too, and topics without a slash are for handlers to grant
+            raise ValueError
+        return Request(words[0], path, dict(parse_qsl(target.query, True)), headers)
     except ValueError:
         raise HandshakeError("400 Bad Request", "The target of this request is malformed.") from None
 
@@ -1243,7 +1238,7 @@ class Connection:
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], path: str, head: bytes, host: Host) -> None:
         sock.setblocking(False)
         self._sock, self._head, self._host = sock, head, host  # the head is parsed again when asked for: 1 KB saved
-        self.path = sys.intern(path)
+        self.path = path
         self.address = address[:2]
         self.user: Any = None
         self._lock = host.sending_lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
@@ -1384,13 +1379,14 @@ class Connection:
     def abort(self, why: str = "") -> None:
         """Close at once, without a handshake."""
         if self._wind_down(CLOSED) and why:
-            log.warning("closed %s:%s on %s: %s", *self.address, self.path, why)
+            log.warning("closed %s:%s on %r: %s", *self.address, self.path, why)
 
     # The I/O thread.
 
     def interest(self) -> int:
         """What a selector should wait for."""
-        reading = 0 if self._inbox is not None and self._inbox.full and self._state == OPEN else selectors.EVENT_READ
+        inbox = self._inbox  # its handler may end meanwhile
+        reading = 0 if inbox is not None and inbox.full and self._state == OPEN else selectors.EVENT_READ
         return reading | (selectors.EVENT_WRITE if self._pending else 0)
 
     def read(self, now: float) -> None:
@@ -1605,7 +1601,7 @@ class IOThread:
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ)
-        self._touched: deque[Connection] = deque()  # append and popleft are atomic
+        self._touched: deque[tuple[Connection, bytes | None]] = deque()  # append and popleft are atomic
         self._arrivals = itertools.count()
         self._shared_lock = threading.Lock()
         self._stop_by: float | None = None
@@ -1614,7 +1610,7 @@ class IOThread:
         self.thread = threading.Thread(target=self._loop, name="wsqueue-io", daemon=True)
 
     def refresh(self, conn: Connection) -> None:
-        self._touched.append(conn)
+        self._touched.append((conn, None))
         if threading.current_thread() is not self.thread:
             self._waker.set()
 
@@ -1623,12 +1619,13 @@ class IOThread:
             self._shared_lock = threading.Lock()
         return self._shared_lock
 
-    def park(self, conn: Connection) -> bool:
-        """False if the server has stopped: the caller keeps the connection."""
+    def park(self, conn: Connection, rest: bytes) -> bool:
+        """Hand the connection over, with what it has sent; False if the server has stopped: the caller keeps it."""
         with self._lock:
             if self._ended:
                 return False
-            self.refresh(conn)
+            self._touched.append((conn, rest))
+            self._waker.set()
             return True
 
     def stop(self, timeout: float) -> None:
@@ -1646,38 +1643,43 @@ class IOThread:
                 if key.data is None:
                     self._waker.clear()
                 else:
-                    self._serve(key.data, mask)
+                    self._serve(key.data, mask=mask)
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + 1.0
                 for conn in list(self._parked):
                     conn.tick(time.monotonic())
             while self._touched:
-                self._settle(self._touched.popleft())
+                self._serve(*self._touched.popleft())
         self._selector.close()
         self._waker.close()
 
-    def _serve(self, conn: Connection, mask: int) -> None:
+    def _serve(self, conn: Connection, rest: bytes | None = None, mask: int = 0) -> None:
         try:
+            if rest is not None:  # it is new here
+                self._parked[conn] = 0
+                conn.receive(rest)
             if mask & selectors.EVENT_WRITE:
                 conn.flush()
             if mask & selectors.EVENT_READ:
                 conn.read(time.monotonic())
+            self._settle(conn)
         except Exception:  # a bug of ours with one client must not take the others down
             log.exception("closed %s:%s", *conn.address)
             conn.abort()
-        self._settle(conn)
 
     def _settle(self, conn: Connection) -> None:
         """Make the selector and the registry agree with the connection's state."""
-        before = self._parked.get(conn)
+        before, inbox = self._parked.get(conn), conn._inbox
+        if before is None:  # still in the handshake, or gone already
+            return
         if conn._state != OPEN:
             self.registry.discard(conn)
-            if conn._inbox is not None:
-                conn._inbox.close()
+            if inbox is not None:
+                inbox.close()
         if conn._state == CLOSED:
             if before:
-                self._selector.unregister(conn._sock.fileno())
-            self._parked.pop(conn, None)
+                self._selector.unregister(conn._sock)
+            del self._parked[conn]
             conn.dispose()
             return
         wanted = conn.interest()
@@ -1685,11 +1687,11 @@ class IOThread:
             return
         self._parked[conn] = wanted
         if not before and wanted:
-            self._selector.register(conn._sock.fileno(), wanted, conn)
+            self._selector.register(conn._sock, wanted, conn)
         elif wanted:
-            self._selector.modify(conn._sock.fileno(), wanted, conn)
+            self._selector.modify(conn._sock, wanted, conn)
         elif before:
-            self._selector.unregister(conn._sock.fileno())
+            self._selector.unregister(conn._sock)
 
     def _finished(self) -> bool:
         if self._stop_by is None or (self._parked and time.monotonic() < self._stop_by):
@@ -1724,7 +1726,7 @@ def _run_user_code(function: Callable[..., Any], conn: Connection, *args: Any) -
         function(conn, *args)
     except ConnectionClosed:
         pass  # recv() said so: the client has left, and nobody need be told
-    except Exception:
+    except (Exception, SystemExit):  # sys.exit() would end a callback thread, and the pool has only so many
         log.exception("%r failed on %s; its connection is closed", function, conn.path)
         conn.close(SERVER_ERROR, "the handler failed")
 
@@ -1743,11 +1745,13 @@ def read_head(sock: socket.socket, timeout: float) -> tuple[bytes, bytes]:
             return data[:end], data[end + 4:]
         if data and not data[:1].isalpha():
             raise HandshakeError("400 Bad Request", "This is not HTTP. Is it wss:// to a port that speaks ws://?")
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            piece = sock.recv(HEAD_BYTES)
-        except socket.timeout:
-            raise HandshakeError("408 Request Timeout", f"Send the request within {timeout:g} s.") from None
+            sock.settimeout(max(0.0, deadline - time.monotonic()))
+            piece = sock.recv(HEAD_BYTES) if time.monotonic() < deadline else None
+        except (socket.timeout, BlockingIOError):
+            piece = None
+        if piece is None:
+            raise HandshakeError("408 Request Timeout", f"Send the request within {timeout:g} s.")
         if not piece:
             raise ConnectionAbortedError("closed during the handshake")
         data += piece
@@ -1970,13 +1974,12 @@ class WebSocketServer:
         """
         import signal
 
+        self._launch()  # what cannot start has nothing to stop: it may be a server that runs already
         if background:
-            self._launch()
             return
         in_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
         try:
-            self._launch()
             if ready:
                 ready()
             while not self._stopped.wait(1.0):  # a signal that comes just before the thread falls asleep wakes nobody
@@ -2036,7 +2039,8 @@ class WebSocketServer:
         self._stopping.set()
         with contextlib.suppress(OSError):
             self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes its selector; it would sleep for two seconds
-        self._listener.shutdown()
+        if self._threads[1].is_alive():  # else it would wait for ever
+            self._listener.shutdown()
         self._listener.server_close()
         if self._queue:
             self._queue.wake()
@@ -2058,7 +2062,7 @@ class WebSocketServer:
     def _join(self, threads: Iterable[threading.Thread]) -> None:
         deadline = time.monotonic() + self._settings.close_timeout + 2 * LINGER_SECONDS
         for thread in threads:
-            if thread is not threading.current_thread():  # a handler may have called stop()
+            if thread.ident and thread is not threading.current_thread():  # a handler may have called stop()
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> WebSocketServer:
@@ -2124,12 +2128,15 @@ class WebSocketServer:
         conn._enqueue(response)
         self.registry.add(conn, (conn.path,))
         conn.flush()
-        conn.receive(rest)
-        if not self._io.park(conn):
+        if not self._io.park(conn, rest):
             self.registry.discard(conn)
             conn.dispose()
         elif handler:
-            self._spawn(self._run_handler, conn, handler)
+            try:
+                self._spawn(self._run_handler, conn, handler)
+            except RuntimeError as error:  # the I/O thread owns the socket by now: it must not be closed here
+                log.error("no thread for the handler of %s:%s: %s", *conn.address, error)
+                conn.close(SERVER_ERROR, "the server is overloaded")
 
     def _run_handler(self, conn: Connection, handler: Callable[[Connection], Any]) -> None:
         _run_user_code(handler, conn)
@@ -2171,19 +2178,15 @@ class WebSocketServer:
         """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
 
         Also, what the kernel has is sent even if we are killed now; what our outboxes have is not, but is still queued.
-        Many who lag are a busy machine, and wait is all there is to do. A few who lag are slow: while more is queued,
-        they may hold up the others to 256 KiB/s, and else no longer than an eye notices. Who takes nothing is not
-        waited for twice; tick() closes it.
+        If most lag, the machine is busy, and to wait is all there is to do. A few who lag are slow: while more is
+        queued, they may hold up the others to 256 KiB/s, and else no longer than an eye notices. Who takes nothing is
+        not waited for twice; tick() closes it.
         """
-        many = len(late) * 10 >= len(self.registry)
-        grace, patience = (1.0, 5.0) if many else (1.0, 1.0) if more else (0.05, 0.05)
+        everyone, most = len(late) >= len(self.registry), len(late) * 2 > len(self.registry)
+        grace, patience = (1.0, 5.0) if everyone or (more and most) else (1.0, 1.0) if more else (0.05, 0.05)
         deadline = time.monotonic() + patience
         while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
             late = [conn for conn in late if conn.keeps_up(time.monotonic(), grace)]
-
-
-# 10 ─ Tickets · 11 ─ Other event queues · 12 ─ The browser's side ──────────────────────────────────────────────────
-# Their places; not written yet.
 
 
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────

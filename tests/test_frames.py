@@ -1,5 +1,7 @@
 """Section 6, WebSocket frames: RFC 6455, sections 5 and 7, rule by rule, and against another implementation."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -392,3 +394,17 @@ def test_we_read_fragments_that_another_implementation_writes(text, places):
         data += Frame(opcode, part, fin=False).serialize(mask=True)
         opcode = Opcode.CONT
     assert parse(data + Frame(opcode, b"").serialize(mask=True)) == [(TEXT, text)]
+
+
+def test_fragments_without_a_byte_cost_no_memory():
+    """A message of nothing, in ever more fragments, never reaches max_bytes: it must not grow elsewhere either."""
+    parser = FrameParser(masked=True, max_bytes=1000)
+    list(parser.feed(encode_frame(TEXT, b"", fin=False, mask=b"abcd")))
+    fragments = encode_frame(CONTINUATION, b"", fin=False, mask=b"abcd") * 10_000
+    list(parser.feed(fragments))
+    tracemalloc.start()
+    try:
+        list(parser.feed(fragments))
+        assert tracemalloc.get_traced_memory()[0] < 10_000
+    finally:
+        tracemalloc.stop()

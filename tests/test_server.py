@@ -19,8 +19,10 @@ from clients import (
     CLOSE,
     LIBRARIES,
     PATIENCE,
+    TEXT,
     RawClient,
     Reader,
+    client_frame,
     close_payload,
     enter,
     everybody_has_left,
@@ -981,3 +983,97 @@ def test_a_queue_directory_that_cannot_be_used_for_a_while_is_waited_for(directo
         os.unlink(directory)
         assert is_served_from(directory, client, 2)
     assert len(errors_of(caplog)) == 1 and directory in errors_of(caplog)[0]
+
+
+# ---- What strangers may try --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["user:42", "user%3A42", "x:user:42", "admins"])
+def test_a_path_cannot_name_a_topic_that_only_handlers_grant(target):
+    """A target without a leading slash is refused: as a topic it would let anybody listen to any user."""
+    with serving() as server, RawClient(server.url) as good:
+        assert exchange(server.url, handshake(target))[0] == 400
+        assert server.registry.audience((target.replace("%3A", ":"),)) == []
+        assert still_reaches(server, good)
+
+
+def test_a_second_blocking_start_leaves_the_first_alone():
+    """What could not start has nothing to stop."""
+    with serving() as server, RawClient(server.url) as client:
+        with pytest.raises(ServerError):
+            server.start()
+        assert server.is_running() and still_reaches(server, client)
+
+
+def test_a_bare_line_feed_cannot_smuggle_a_header():
+    """RFC 9112, section 2.2: a proxy may have read the same bytes as another request."""
+    request = handshake("/").replace(b"\r\n\r\n", b"\r\nX-A: 1\nX-B: 2\r\n\r\n")
+    with serving() as server:
+        assert exchange(server.url, request)[0] == 400
+
+
+def test_a_request_that_drips_ends_at_its_deadline():
+    """However many bytes come, and however often: handshake_timeout is for the whole head."""
+    done = threading.Event()
+    with serving(handshake_timeout=0.3) as server, open_socket(server.url) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nX: ")
+
+        def drip():
+            while not done.wait(0.0005):
+                try:
+                    client.send(b"x")
+                except OSError:
+                    return
+
+        threading.Thread(target=drip, daemon=True).start()
+        try:
+            answer = client.recv(100)
+        finally:
+            done.set()
+    assert answer.split()[1] == b"408"
+
+
+def test_a_callback_that_calls_exit_ends_nothing_but_its_connection(caplog):
+    """SystemExit would end the callback's thread without a word, and there are only so many of them."""
+    with serving() as server:
+        server.on_message("/exit", lambda conn, message: sys.exit(message))
+        server.on_message("/echo", lambda conn, message: conn.send(message))
+        for _ in range(20):
+            with RawClient(server.url, "/exit") as client:
+                client.send("bye")
+                client.read_more()  # the close frame
+        with RawClient(server.url, "/echo") as client:
+            client.send("still here")
+            assert client.recv() == "still here"
+
+
+def test_what_comes_with_the_request_is_parsed_once_while_broadcasts_run():
+    """Half a frame behind the request, half later, and events in between: the message arrives whole, once."""
+    received, done = [], threading.Event()
+    with serving() as server:
+        server.on_message("/c", lambda conn, message: received.append(message))
+
+        def storm():
+            while not done.is_set():
+                server.broadcast("tick")
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        try:
+            frame = client_frame(TEXT, b"0123456789")
+            for count in range(1, 51):
+                with RawClient(server.url, "/c", behind=frame[:5]) as client:
+                    client.socket.sendall(frame[5:])
+                    eventually(lambda: len(received) >= count, what="the message")  # noqa: B023
+        finally:
+            done.set()
+            thread.join()
+    assert received == ["0123456789"] * 50
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(caplog):
+    """A line break in a path is shown, not printed."""
+    with serving(outbox_bytes=KIB, send_timeout=0.1) as server:
+        with RawClient(server.url, "/x%0Aforged", receive_buffer=4 * KIB):
+            eventually(lambda: server.broadcast("e", "x" * 64 * KIB) or server.get_connection_count() == 0)
+    assert not any("\n" in record.getMessage() for record in caplog.records)
