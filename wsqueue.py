@@ -29,10 +29,10 @@ Events go out in the order of the first 13 hexadecimal digits that follow a "_" 
 and microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
 Threads: accept (one; it also answers a handshake whose request is here already), handshake (one for each request
-that is still to come, and one for each handler while it runs), I/O (one: every open connection is parked with it),
-queue (one daemon), and up to 16 for on_message callbacks, only where there are any. Lock order: queue (flock) >
-registry > connection; an inbox's lock is a leaf. No lock is held while user code runs, while something is logged,
-or, but for a connection's own, while something is sent.
+that is still to come or is refused, and one for each handler while it runs), I/O (one: every open connection is
+parked with it), queue (one daemon), and up to 16 for on_message callbacks, only where there are any. Lock order:
+queue (flock) > the server's lifecycle > registry > connection; an inbox's lock is a leaf. User code runs under no
+lock; nothing is logged under the registry's or a connection's, and sending takes the connection's alone.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
@@ -91,6 +91,7 @@ LINGER_SECONDS = 1.0      # how long a peer has to close its side once both clos
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
 SHARED_LOCK = 32          # connections to one lock: a handler's send() waits for as many sends of a broadcast at most
+SPARE_FILES = 16          # descriptors that clients do not get: without them the queue cannot be read
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
 
 
@@ -790,7 +791,8 @@ class DirectoryQueue:
         return entries
 
     def _sweep(self) -> None:
-        """Producers that were killed leave temporary files."""
+        """Producers that were killed leave temporary files, and what could not be set aside may be mended by now."""
+        self._stuck = {name: stuck for name, stuck in self._stuck.items() if stuck[1]}
         self._trim_failed()
         for name in os.listdir(self.path):
             path = f"{self.path}/{name}"
@@ -886,7 +888,7 @@ class DirectoryQueue:
             self._stuck[name] = self._signature(name), True
 
     def _is_new(self, name: str) -> bool:
-        """Whether a stuck name now holds another file; if not, try once more to be rid of it."""
+        """Whether a stuck name now holds another file; if not, and it was sent, try once more to be rid of it."""
         signature, sent = self._stuck[name]
         if self._signature(name) != signature:
             del self._stuck[name]
@@ -1209,22 +1211,11 @@ class Inbox:
         return len(self._messages) >= INBOX_MESSAGES
 
 
-class Host(Protocol):
-    """What a connection needs of its server."""
-
-    settings: Any
-    registry: ClientRegistry
-
-    def sending_lock(self) -> threading.Lock: ...  # for a new connection
-    def refresh(self, conn: Connection) -> None: ...  # any thread: its state, or what it waits for, has changed
-    def deliver(self, conn: Connection, message: Message) -> None: ...  # the I/O thread: the client sent it
-
-
 # A state is only ever left for a later one:
 #   OPEN       frames go both ways
 #   CLOSING    our close frame is out (or behind what waits); the peer's is awaited for close_timeout
-#   LINGERING  both are out, or the peer broke the rules: what waits is sent, then our end of the stream; the peer's end
-#              is awaited for LINGER_SECONDS: closing with unread data would send a reset that overtakes the rest
+#   LINGERING  both are out, or the peer broke the rules: for LINGER_SECONDS, what waits is sent, then our end of the
+#              stream, and the peer's end awaited: closing with unread data would send a reset that overtakes the rest
 #   CLOSED     the I/O thread closes the descriptor
 OPEN, CLOSING, LINGERING, CLOSED = range(4)
 
@@ -1235,7 +1226,7 @@ class Connection:
     __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_inbox", "_lock", "_outbox", "_parser",
                  "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "address", "path", "user")
 
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...], path: str, head: bytes, host: Host) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], path: str, head: bytes, host: IOThread) -> None:
         sock.setblocking(False)
         self._sock, self._head, self._host = sock, head, host  # the head is parsed again when asked for: 1 KB saved
         self.path = path
@@ -1298,7 +1289,7 @@ class Connection:
         self._host.registry.leave(self, topic)
 
     def close(self, code: int = NORMAL, reason: str = "") -> None:
-        """Start the closing handshake (RFC 6455, section 7.1.2); what was sent before still goes out."""
+        """Start the closing handshake (RFC 6455, section 7.1.2); what waits has close_timeout to go out."""
         if not is_close_code(code):
             raise ValueError(f"close code {code}: use 1000 to 1014 as in RFC 6455 section 7.4.1, or 3000 to 4999")
         self._wind_down(CLOSING, encode_close(code, reason))
@@ -1666,6 +1657,11 @@ class IOThread:
         except Exception:  # a bug of ours with one client must not take the others down
             log.exception("closed %s:%s", *conn.address)
             conn.abort()
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(conn._sock)
+            self._parked.pop(conn, None)
+            self.registry.discard(conn)
+            conn.dispose()
 
     def _settle(self, conn: Connection) -> None:
         """Make the selector and the registry agree with the connection's state."""
@@ -1851,7 +1847,11 @@ class _Listener:
 
     def get_request(self) -> Any:
         try:
-            return self.socket.accept()
+            sock, address = self.socket.accept()
+            if sock.fileno() < os.sysconf("SC_OPEN_MAX") % 2**31 - SPARE_FILES:  # -1: there is no limit
+                return sock, address
+            sock.close()
+            raise OSError(errno.EMFILE, "too many clients")
         except OSError as error:
             if error.errno in _OWN_TROUBLE:
                 log.error("cannot accept a connection: %s; raise the limit (ulimit -n)", error.strerror)
@@ -1989,7 +1989,7 @@ class WebSocketServer:
         finally:
             self.stop()
             if in_main:
-                signal.signal(signal.SIGTERM, before)
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _launch(self) -> None:
         with self._lifecycle:
@@ -2166,15 +2166,15 @@ class WebSocketServer:
                 trouble = str(error)
             queue.wait(self._settings.poll_interval)
 
-    def _fan_out(self, events: Iterable[Event]) -> list[Connection]:
+    def _fan_out(self, events: Iterable[Event]) -> set[Connection]:
         """Send events, joined into one buffer for each run with the same audience; returns for whom something waits."""
-        late: list[Connection] = []
+        late: set[Connection] = set()
         for to, run in itertools.groupby(events, lambda event: event.to):
             data = b"".join([encode_frame(TEXT, event.text) for event in run])
-            late += send_to_all(self.registry.audience(to), data)
+            late.update(send_to_all(self.registry.audience(to), data))
         return late
 
-    def _pace(self, late: list[Connection], more: bool) -> None:
+    def _pace(self, late: set[Connection], more: bool) -> None:
         """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
 
         Also, what the kernel has is sent even if we are killed now; what our outboxes have is not, but is still queued.
@@ -2186,7 +2186,7 @@ class WebSocketServer:
         grace, patience = (1.0, 5.0) if everyone or (more and most) else (1.0, 1.0) if more else (0.05, 0.05)
         deadline = time.monotonic() + patience
         while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
-            late = [conn for conn in late if conn.keeps_up(time.monotonic(), grace)]
+            late = {conn for conn in late if conn.keeps_up(time.monotonic(), grace)}
 
 
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -1077,3 +1078,15 @@ def test_a_path_cannot_forge_a_line_of_the_log(caplog):
         with RawClient(server.url, "/x%0Aforged", receive_buffer=4 * KIB):
             eventually(lambda: server.broadcast("e", "x" * 64 * KIB) or server.get_connection_count() == 0)
     assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_idle_clients_cannot_take_the_descriptors_that_the_queue_needs(directory):
+    """Who comes when few are left is turned away; who is connected goes on receiving what is queued."""
+    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))}
+    with spawn_server("--queue", directory, **few) as server, RawClient(server.url) as first, ExitStack() as stack:
+        for _ in range(64):
+            sock = stack.enter_context(open_socket(server.url))
+            sock.sendall(handshake("/"))
+        eventually(lambda: "too many clients" in server.stderr_text(), what="somebody to be turned away")
+        assert queue_event(directory, "e", 1)
+        assert first.payloads(1) == [1]
