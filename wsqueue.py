@@ -53,6 +53,7 @@ import json
 import logging
 import os
 import re
+import select
 import selectors
 import socket
 import stat
@@ -567,8 +568,6 @@ class _Kqueue:
     """kqueue(2) on BSD and macOS: the directory itself changes when an entry appears."""
 
     def __init__(self, directory: str) -> None:
-        import select
-
         kernel: Any = select  # the names below exist on BSD and macOS only
         self._directory = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
         self._queue = kernel.kqueue()
@@ -617,7 +616,7 @@ class DirectoryQueue:
         self._wakeup, self._max_age, self._clock, self._monotonic = wakeup, max_age, clock, monotonic
         self._lock_fd = -1  # the flock, while this queue is the consumer
         self._watcher: _Inotify | _Kqueue | None = None
-        self._selector: Any = None
+        self._poll: Any = None
 
     # Producers.
 
@@ -645,8 +644,8 @@ class DirectoryQueue:
     def open(self) -> None:
         """Become the one consumer. Raises QueueError."""
         self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._poll = select.poll()  # lighter than a selector, ten times a second
+        self._poll.register(self._waker, select.POLLIN)
         self._pending: list[tuple[int, str]] = []  # the scan, last first; what take() has not reached
         self._suspects: dict[str, _Suspect] = {}  # did not parse
         self._ahead: dict[str, float] = {}  # stamped at or after the scan that found it -> first seen
@@ -671,11 +670,11 @@ class DirectoryQueue:
             raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}{which}") from error
         self._watcher = _watch(self.path) if self._wakeup else None
         if self._watcher:
-            self._selector.register(self._watcher.fd, selectors.EVENT_READ)
+            self._poll.register(self._watcher.fd, select.POLLIN)
 
     def _detach(self) -> None:
         if self._watcher:
-            self._selector.unregister(self._watcher.fd)
+            self._poll.unregister(self._watcher.fd)
             self._watcher.close()
             self._watcher = None
         if self._lock_fd >= 0:
@@ -684,8 +683,7 @@ class DirectoryQueue:
 
     def close(self) -> None:
         self._detach()
-        if self._selector:
-            self._selector.close()
+        if self._poll:
             self._waker.close()
 
     def wake(self) -> None:
@@ -694,7 +692,7 @@ class DirectoryQueue:
     def wait(self, timeout: float) -> None:
         deadline = self._monotonic() + timeout
         while True:
-            fds = [key.fd for key, _ in self._selector.select(max(0.0, deadline - self._monotonic()))]
+            fds = [fd for fd, _ in self._poll.poll(max(0.0, deadline - self._monotonic()) * 1000)]
             if self._waker.fileno() in fds:
                 self._waker.clear()
                 return
