@@ -3,6 +3,7 @@
 import faulthandler
 import gc
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from helpers import ROOT, TIME_UNIT, eventually
+from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually
 
 # Whatever else is installed under the name, the file that is tested is the one next to this directory.
 sys.path.insert(0, str(ROOT))
@@ -29,6 +30,15 @@ settings.load_profile("wsqueue")
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 DESCRIPTORS = Path("/proc/self/fd")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A directory that holds wsqueue.py and nothing else."""
+    directory = tmp_path / "alone"
+    directory.mkdir()
+    shutil.copy(WSQUEUE, str(directory))
+    return directory
 
 
 # ---- In CI nothing is skipped: a missing tool must not look like a passed test -----------------------------

@@ -5,7 +5,6 @@ import compileall
 import inspect
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -34,15 +33,6 @@ def run_python(program, cwd=Path(WSQUEUE).parent):
     done = run(*BARE_PYTHON, "-c", program, cwd=cwd)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A directory that holds wsqueue.py and nothing else."""
-    directory = tmp_path / "alone"
-    directory.mkdir()
-    shutil.copy(WSQUEUE, str(directory))
-    return directory
 
 
 # ---- Names -------------------------------------------------------------------------------------------------

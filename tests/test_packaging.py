@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from helpers import ROOT, TIME_UNIT, WSQUEUE
+from helpers import ROOT, TIME_UNIT
 
 TOP_LEVEL = {"setup.py", "wsqueue.py", "tests", "examples", "README.md", "LICENSE"}
 
@@ -111,15 +111,6 @@ def test_installed_command_queues_without_any_other_package(installed, tmp_path)
 
 
 # ---- The single file ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A directory that holds wsqueue.py and nothing else."""
-    directory = tmp_path / "alone"
-    directory.mkdir()
-    shutil.copy(WSQUEUE, str(directory))
-    return directory
 
 
 def test_file_alone_is_a_program(alone):
