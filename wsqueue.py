@@ -45,6 +45,7 @@ because it is down; a client that stalls, lies or floods is closed, and the othe
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -61,15 +62,16 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections import deque
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, Tuple, Union
 
 __all__ = [
     "ClientRegistry", "Connection", "ConnectionClosed", "DirectoryQueue", "Event", "EventError", "EventQueue",
-    "ProtocolError", "QueueError", "ServerError", "SettingError", "WebSocketServer", "WsqueueError", "main",
-    "open_queue", "queue_event", "queue_events",
+    "ProtocolError", "QueueError", "QueueInUseError", "ServerError", "SettingError", "WebSocketServer",
+    "WsqueueError", "main", "open_queue", "queue_event", "queue_events",
 ]
 __version__ = "0.1.0"
 
@@ -82,6 +84,8 @@ KIB, MIB = 1024, 1024 * 1024
 TICK_BYTES = 256 * KIB    # events joined into one write: larger adds memory, not speed
 READ_BYTES = 64 * KIB     # one recv
 HEAD_BYTES = 16 * KIB     # an HTTP request head; browsers send under 1 KiB, cookies can make it 8
+HALF_OPEN = 4096          # connections still in the handshake; beyond it the oldest makes room
+IDLE_FRAMES = 1000        # a second: pings, pongs, and messages that nobody consumes; more is a flood
 HOLD_TICKS = 2            # polls that a batch waits for a file which is still being written, or stamped ahead
 GIVE_UP_SECONDS = 2.0     # a file that does not parse and does not change for so long is broken, not unfinished
 SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary files are removed
@@ -91,9 +95,12 @@ UNSENT_BYTES = 128 * KIB   # what the kernel may hold for a client beyond what i
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
+PAGE_THREADS = 4          # requests for a monitoring page that are answered at the same time
 SHARED_LOCK = 32          # connections to one lock: a handler's send() waits for as many sends of a broadcast at most
 SPARE_FILES = 16          # descriptors that clients do not get: without them the queue cannot be read
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
+STANDBY_SECONDS = 0.5     # how often a server that stands by looks whether the one that serves has gone
+DEFLATE_LEVEL = 6         # zlib's default; 9 takes twice the time for 1 % less
 
 
 class Setting(NamedTuple):
@@ -101,7 +108,7 @@ class Setting(NamedTuple):
 
     name: str
     default: Any  # its type is the setting's type
-    unit: str
+    unit: str  # "a|b": one of these words
     least: float  # the smallest value that makes sense
     meaning: str
     variable: str = ""  # of the environment; read by the command line alone
@@ -116,14 +123,22 @@ SETTINGS = (
     Setting("max_event_bytes", MIB, "bytes", 64, "Largest event file; a larger one is moved to failed/."),
     Setting("max_age", 0.0, "seconds", 0, "Events that waited longer are dropped, counted and logged; 0 keeps all."),
     Setting("max_message_bytes", 64 * KIB, "bytes", 0, "Largest message a client may send; then close code 1009."),
+    Setting("deflate", True, "", 0, "Compress messages for clients that can (permessage-deflate, RFC 7692)."),
+    Setting("deflate_min_bytes", 512, "bytes", 0, "Smaller messages are sent as they are."),
     Setting("outbox_bytes", MIB, "bytes", KIB, "What may wait for a slow client; beyond it, it is closed."),
     Setting("send_timeout", 20.0, "seconds", 0.1, "A client that takes nothing of what waits for so long is closed."),
     Setting("ping_interval", 20.0, "seconds", 0, "Silence after which a client is pinged; 0 never pings."),
     Setting("ping_timeout", 20.0, "seconds", 0.1, "A pinged client that stays silent for so long is closed."),
     Setting("handshake_timeout", 10.0, "seconds", 0.1, "Time a new connection has to send its HTTP request."),
     Setting("close_timeout", 5.0, "seconds", 0, "Time clients have to take the rest and to answer a close."),
+    Setting("max_clients", 0, "clients", 0, "More are refused with 503; 0: as many as descriptors allow (ulimit -n)."),
     Setting("allowed_origins", (), "origins", 0, "Pages that may connect besides those of the server's own host name,"
             " such as https://example.com; * allows all."),
+    Setting("tls_cert", "", "file", 0, "Certificate chain (PEM): the port then speaks wss:// and nothing else. SIGHUP"
+            " reads it again."),
+    Setting("tls_key", "", "file", 0, "Its private key (PEM, without a passphrase), if that is in another file."),
+    Setting("monitoring", "auto", "auto|on|off", 0, "Answer GET /healthz (JSON) and /metrics (Prometheus) on the same"
+            " port; auto: if host is a loopback address."),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -152,6 +167,10 @@ class QueueError(WsqueueError):
     """A queue that cannot be reached, written, or served."""
 
 
+class QueueInUseError(QueueError):
+    """A queue that another server consumes."""
+
+
 class ServerError(WsqueueError):
     """A server that cannot start."""
 
@@ -169,8 +188,7 @@ class HandshakeError(WsqueueError):
 
     def __init__(self, status: str, sentence: str, **headers: str) -> None:
         super().__init__(sentence)
-        self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status, self.headers = status, headers
 
 
 class ConnectionClosed(WsqueueError):
@@ -182,7 +200,10 @@ def checked_settings(given: Mapping[str, Any]) -> SimpleNamespace:
     for name in given:
         if name not in _BY_NAME:
             raise SettingError(f"there is no setting {name!r}; there are: {', '.join(_BY_NAME)}")
-    return SimpleNamespace(**{s.name: _checked(s, given.get(s.name, s.default)) for s in SETTINGS})
+    settings = SimpleNamespace(**{s.name: _checked(s, given.get(s.name, s.default)) for s in SETTINGS})
+    if settings.tls_key and not settings.tls_cert:
+        raise SettingError("setting tls_key is of no use without tls_cert: give the certificate, too")
+    return settings
 
 
 def _checked(setting: Setting, value: Any) -> Any:
@@ -193,12 +214,14 @@ def _checked(setting: Setting, value: Any) -> Any:
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind or value == "":
+    if type(value) is not kind or (value == "" and setting.default):
         name = "a list of texts" if kind is tuple else f"a non-empty {kind.__name__}" if kind is str else kind.__name__
         raise SettingError(f"setting {setting.name} must be {name}, not {value!r}")
     if kind in (int, float) and not setting.least <= value < float("inf"):
         unit = f" {setting.unit}" if setting.unit in ("seconds", "bytes") else ""
         raise SettingError(f"setting {setting.name} must be at least {setting.least:g}{unit}, not {value}")
+    if "|" in setting.unit and value not in setting.unit.split("|"):
+        raise SettingError(f"setting {setting.name} must be {setting.unit.replace('|', ' or ')}, not {value!r}")
     if setting.name == "port" and value > 65535:
         raise SettingError(f"setting port must be at most 65535, not {value}")
     return value
@@ -400,8 +423,6 @@ class _Names:
 
 
 _NAMES = _Names()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_NAMES.reset)
 
 
 def name_stamp(name: str) -> int | None:
@@ -473,8 +494,8 @@ def _lock_directory(directory: str) -> int:
             except BlockingIOError:
                 time.sleep(patience)
         else:
-            raise QueueError(f"queue directory {directory} is already served by process {_holder(fd)};"
-                             " stop that one, or give this one another directory")
+            raise QueueInUseError(f"queue directory {directory} is already served by process {_holder(fd)};"
+                                  " stop that one, or give this one another directory")
         os.ftruncate(fd, 0)  # not before it is held: the text belongs to the holder
         with contextlib.suppress(OSError):  # a full disk: emptying the queue is what helps
             os.write(fd, b"%d\n" % os.getpid())
@@ -975,20 +996,22 @@ def queue_events(queue: Any, events: Iterable[Pair], *, to: Topics = None, durab
 
 # 6 ─ WebSocket frames ─────────────────────────────────────────────────────────────────────────────────────────────
 # In: bytes as they come off a socket, in any pieces. Out: messages, or ProtocolError with the close code. RFC 6455,
-# sections 5 and 7. No I/O; a parser belongs to one thread.
+# sections 5 and 7; RFC 7692. No I/O; a parser belongs to one thread.
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG, SERVER_ERROR = 1000, 1001, 1002, 1007, 1009, 1011
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, POLICY_VIOLATION, TOO_BIG = 1000, 1001, 1002, 1007, 1008, 1009
+SERVER_ERROR, TRY_AGAIN_LATER = 1011, 1013
 NO_STATUS, ABNORMAL = 1005, 1006  # never on the wire (section 7.4.1)
+_FIN, _RSV1, _RSV23, _OPCODE = 0x80, 0x40, 0x30, 0x0F  # a frame's first byte (section 5.2)
 _CONTROL = 0x8  # the opcode bit of control frames
 _OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 _LENGTH_16, _LENGTH_64 = struct.Struct("!H"), struct.Struct("!Q")
 Message = Union[str, bytes]
 
 
-def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, mask: bytes = b"") -> bytes:
+def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, rsv1: bool = False, mask: bytes = b"") -> bytes:
     """One frame (section 5.2). A client must give a mask of four unpredictable bytes, a server must not."""
-    first, masked, size = opcode | (0x80 if fin else 0), 0x80 if mask else 0, len(payload)
+    first, masked, size = opcode | _FIN * fin | _RSV1 * rsv1, 0x80 if mask else 0, len(payload)
     if size < 126:
         head = bytes((first, masked | size))
     elif size < 65536:
@@ -1026,86 +1049,194 @@ def decode_close(payload: bytes) -> tuple[int, str]:
     return code, _decode_text(payload[2:])
 
 
-def _decode_text(payload: bytes) -> str:
+def _decode_text(payload: bytes | bytearray) -> str:
     try:
         return payload.decode()
     except UnicodeDecodeError:
         raise ProtocolError(INVALID_DATA, "text is not UTF-8") from None
 
 
+# permessage-deflate (RFC 7692) without context takeover in either direction: an idle client holds no zlib state, which
+# would be 300 KB, and one compressed frame serves everyone who agreed on the same window.
+
+_EMPTY_BLOCK = b"\x00\x00\xff\xff"  # ends every message, and is not sent (section 7.2.1)
+
+
+def accept_deflate(offers: str) -> tuple[str, int]:
+    """Answer a Sec-WebSocket-Extensions header: the response's, and the window's bits; ("", 0) declines."""
+    for offer in offers.split(","):
+        name, *parameters = (part.strip() for part in offer.split(";"))
+        if name == "permessage-deflate":
+            bits = _window_bits(parameters)
+            if bits:
+                answer = f"{name}; server_no_context_takeover; client_no_context_takeover"
+                return answer + (f"; server_max_window_bits={bits}" if bits < 15 else ""), bits
+    return "", 0
+
+
+def _window_bits(parameters: list[str]) -> int:
+    """The window that an offer asks for; 0 declines it, as section 7 demands for what is unknown, wrong or doubled."""
+    bits, seen = 15, set()
+    for parameter in parameters:
+        name, equals, value = parameter.partition("=")
+        pattern = _DEFLATE_PARAMETERS.get(name)
+        if name in seen or pattern is None or not pattern.fullmatch(equals + value):
+            return 0
+        seen.add(name)
+        if name == "server_max_window_bits":
+            bits = int(value.strip('"'))
+    return bits if bits > 8 else 0  # zlib has no raw stream with a window of 2^8
+
+
+_WINDOW = r'=("?)(8|9|1[0-5])\1'
+_DEFLATE_PARAMETERS = {"server_no_context_takeover": re.compile(""), "client_no_context_takeover": re.compile(""),
+                       "server_max_window_bits": re.compile(_WINDOW),
+                       "client_max_window_bits": re.compile(f"(?:{_WINDOW})?")}
+
+
+def encode_message(opcode: int, payload: bytes, window_bits: int = 0, least: int = 0) -> bytes:
+    """An unfragmented message, compressed for who has agreed on a window, where it has `least` bytes and it helps."""
+    if window_bits and len(payload) >= least:
+        import zlib
+
+        deflater = zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -window_bits)
+        deflated = (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-len(_EMPTY_BLOCK)]
+        if len(deflated) < len(payload):
+            return encode_frame(opcode, deflated, rsv1=True)
+    return encode_frame(opcode, payload)
+
+
+class _Inflater:
+    """Decompresses one message, in pieces, up to a limit."""
+
+    def __init__(self, max_bytes: int) -> None:
+        import zlib
+
+        self._zlib, self._left, self._stream = zlib, max_bytes, zlib.decompressobj(-15)
+
+    def inflate(self, piece: bytes) -> bytes:
+        if self._stream.eof:  # a final block may end the stream early (section 7.2.3.4); zlib would keep what follows
+            return b""
+        try:
+            inflated = self._stream.decompress(piece, self._left + 1)  # 0 would be no limit
+        except self._zlib.error:
+            raise ProtocolError(INVALID_DATA, "compressed data is damaged") from None
+        self._left -= len(inflated)
+        if self._left < 0:
+            raise ProtocolError(TOO_BIG, "a compressed message that inflates beyond the limit")
+        return inflated
+
+
 class FrameParser:
     """Bytes in any pieces -> (opcode, payload) of whole messages and control frames.
 
     masked: whether the peer must mask, as a client must and a server must not (section 5.1).
-    max_bytes: the largest message; a longer one is refused when its header announces it.
+    max_bytes: the largest message; a longer one is refused when a header announces it, or once it inflates beyond.
+    deflate: whether permessage-deflate was agreed on.
+
+    A frame's payload is taken as it comes: text that is not UTF-8 fails at its first wrong byte, and not when the
+    frame is whole (section 8.1).
     """
 
-    def __init__(self, *, masked: bool, max_bytes: int) -> None:
-        self._masked, self._max_bytes = masked, max_bytes
+    def __init__(self, *, masked: bool, max_bytes: int, deflate: bool = False) -> None:
+        self._masked, self._max_bytes, self._deflate = masked, max_bytes, deflate
         self._buffer = bytearray()
-        self._message = bytearray()  # what has come of the fragmented one (section 5.4) in hand
-        self._opcode = CONTINUATION  # its opcode; CONTINUATION: there is none
+        self._left = -1  # of the frame in hand, bytes that are still to come; -1: its head is
+        self._first, self._mask = 0, b""  # of the frame in hand
+        self._begin_message(CONTINUATION)
+
+    def _begin_message(self, opcode: int, compressed: bool = False) -> None:
+        self._opcode = opcode  # of the message in hand; CONTINUATION: there is none
+        self._inflater = _Inflater(self._max_bytes) if compressed else None
+        self._message = bytearray()  # what has come of it
+        self._announced = 0  # bytes of payload in its frames so far
+        self._utf8: Any = None  # knows what of the text has been checked
+        self._checked = 0
 
     @property
     def at_rest(self) -> bool:
         """Nothing half received: the parser can be thrown away."""
-        return not self._buffer and self._opcode == CONTINUATION
+        return not self._buffer and self._left < 0 and self._opcode == CONTINUATION
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """TEXT: str; BINARY, PING, PONG: bytes; CLOSE: (code, reason). Raises ProtocolError."""
         self._buffer += data
-        while True:
-            frame = self._next_frame()
-            if frame is None:
-                return
-            fin, opcode, payload = frame
-            if opcode == CLOSE:
-                yield CLOSE, decode_close(payload)
-            elif opcode & _CONTROL:
-                yield opcode, payload
+        while self._left >= 0 or self._read_head():
+            if self._first & _CONTROL:
+                if len(self._buffer) < self._left:
+                    break
+                opcode, payload = self._first & _OPCODE, self._take()
+                yield opcode, decode_close(payload) if opcode == CLOSE else payload
             else:
-                self._message += payload
-                if fin:
+                payload = self._take()
+                self._message += self._inflater.inflate(payload) if self._inflater else payload
+                if self._left:
+                    break
+                if self._first & _FIN:
                     yield self._finish_message()
+            self._left = -1
+        if self._opcode == TEXT:
+            self._check_utf8()
+
+    def _take(self) -> bytes:
+        """What is here of the frame's payload, unmasked and taken off the buffer."""
+        size = min(self._left, len(self._buffer))
+        payload = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._left -= size
+        if self._mask:
+            payload = apply_mask(payload, self._mask)
+            self._mask = self._mask[size % 4:] + self._mask[:size % 4]
+        return payload
 
     def _finish_message(self) -> tuple[int, Message]:
-        opcode, payload = self._opcode, bytes(self._message)
-        self._message, self._opcode = bytearray(), CONTINUATION
-        return opcode, _decode_text(payload) if opcode == TEXT else payload
+        if self._inflater:
+            self._message += self._inflater.inflate(_EMPTY_BLOCK)
+        opcode, message = self._opcode, self._message
+        self._begin_message(CONTINUATION)
+        return opcode, _decode_text(message) if opcode == TEXT else bytes(message)
 
-    def _next_frame(self) -> tuple[bool, int, bytes] | None:
-        """The next frame, unmasked and taken off the buffer; None while it is not whole."""
+    def _check_utf8(self) -> None:
+        """Of a text that is not whole yet."""
+        if self._utf8 is None:
+            self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        try:
+            self._utf8.decode(self._message[self._checked:])
+        except UnicodeDecodeError:
+            raise ProtocolError(INVALID_DATA, "text is not UTF-8") from None
+        self._checked = len(self._message)
+
+    def _read_head(self) -> bool:
+        """Take the next frame's head off the buffer; False while it is not whole."""
         buffer = self._buffer
         if len(buffer) < 2:
-            return None
-        fin, opcode, masked, size = buffer[0] & 0x80, buffer[0] & 0x0F, buffer[1] & 0x80, buffer[1] & 0x7F
-        self._check_start(buffer[0], bool(masked), size)
+            return False
+        first, masked, size = buffer[0], buffer[1] & 0x80, buffer[1] & 0x7F
+        self._check_start(first, bool(masked), size)
         start = 2 + (0, 2, 8)[max(0, size - 125)]
-        if len(buffer) < start:
-            return None
-        if start > 2:
+        end = start + (4 if masked else 0)
+        if start > 2 and len(buffer) >= start:
             size = self._long_size(size)
-        self._check_size(opcode, size)
-        start += 4 if masked else 0
-        if len(buffer) < start + size:
-            return None
-        payload = bytes(buffer[start:start + size])
-        if masked:
-            payload = apply_mask(payload, bytes(buffer[start - 4:start]))
-        del buffer[:start + size]
-        if opcode in (TEXT, BINARY):
-            self._opcode = opcode
-        return bool(fin), opcode, payload
+        if len(buffer) >= start and not first & _CONTROL:
+            self._check_size(first, size)
+        if len(buffer) < end:
+            return False
+        self._first, self._mask, self._left = first, bytes(buffer[start:end]), size
+        del buffer[:end]
+        if first & _OPCODE in (TEXT, BINARY):
+            self._begin_message(first & _OPCODE, bool(first & _RSV1))
+        self._announced += 0 if first & _CONTROL else size
+        return True
 
     def _check_start(self, first: int, masked: bool, size: int) -> None:
-        opcode = first & 0x0F
-        if first & 0x70:
-            raise ProtocolError(PROTOCOL_ERROR, "a reserved bit is set, and no extension was agreed on")
+        opcode = first & _OPCODE
+        if first & _RSV23 or (first & _RSV1 and not (self._deflate and opcode in (TEXT, BINARY))):
+            raise ProtocolError(PROTOCOL_ERROR, "a reserved bit is set, which no agreed extension sets here")
         if opcode not in _OPCODES:
             raise ProtocolError(PROTOCOL_ERROR, f"opcode {opcode:#x} is reserved")
         if masked != self._masked:
             raise ProtocolError(PROTOCOL_ERROR, "a client must mask its frames, a server must not")
-        if opcode & _CONTROL and (not first & 0x80 or size > 125):
+        if opcode & _CONTROL and (not first & _FIN or size > 125):
             raise ProtocolError(PROTOCOL_ERROR, "a control frame must be whole and hold at most 125 bytes")
         if opcode == CONTINUATION and self._opcode == CONTINUATION:
             raise ProtocolError(PROTOCOL_ERROR, "a continuation of nothing")
@@ -1118,15 +1249,28 @@ class FrameParser:
             raise ProtocolError(PROTOCOL_ERROR, "a length not in its shortest form, or of 2^63 and more")
         return size
 
-    def _check_size(self, opcode: int, size: int) -> None:
-        if not opcode & _CONTROL and len(self._message) + size > self._max_bytes:
+    def _check_size(self, first: int, size: int) -> None:
+        """What does not compress may grow by an eighth (a byte of 9 bits), or by five bytes."""
+        compressed = first & _RSV1 or (self._inflater and not first & _OPCODE)
+        limit = self._max_bytes + (self._max_bytes // 8 + 64 if compressed else 0)
+        if self._announced * (not first & _OPCODE) + size > limit:
             raise ProtocolError(TOO_BIG, f"a message of more than {self._max_bytes} bytes")
 
 
+def accept_key(key: str) -> str:
+    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key (section 4.2.2)."""
+    from base64 import b64encode
+    from hashlib import sha1
+
+    return b64encode(sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()  # noqa: S324
+
+
 # 7 ─ Connection ───────────────────────────────────────────────────────────────────────────────────────────────────
-# One client. Who touches what: only the I/O thread reads the socket, parses, and closes the descriptor (so that its
-# number cannot be reused while another thread sends); any thread may send, under the connection's lock, which guards
-# the sending side and the state. Promises: send() never waits, and what waits to be sent is bounded.
+# One client, from its first byte on. Who touches what: only the I/O thread reads the socket (the accept thread does,
+# before it parks the connection there), parses, and closes the descriptor (so that its number cannot be reused while
+# another thread sends); any thread may send, under the connection's lock, which guards the sending side, the state, and
+# each use of the socket, because a TLS object bears one thread at a time. Promises: send() never waits, and what waits
+# to be sent is bounded.
 
 
 class Request(NamedTuple):
@@ -1163,6 +1307,23 @@ def parse_request(head: bytes) -> Request:
         raise HandshakeError("400 Bad Request", "The target of this request is malformed.") from None
 
 
+def head_end(data: bytes) -> int:
+    """Where an HTTP head ends; -1 while it is not whole. Raises HandshakeError."""
+    end = data.find(b"\r\n\r\n")
+    if end > HEAD_BYTES or (end < 0 and len(data) > HEAD_BYTES):
+        raise HandshakeError("431 Request Header Fields Too Large", f"Send at most {HEAD_BYTES} bytes of headers.")
+    if end < 0 and data and not data[:1].isalpha():
+        raise HandshakeError("400 Bad Request", "This is not HTTP. Is it wss:// to a port that speaks ws://?")
+    return end
+
+
+def encode_response(status: str, body: bytes, kind: str = "text/plain; charset=utf-8", **headers: str) -> bytes:
+    """A whole HTTP response, the last one of its connection."""
+    fields = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1") + body
+
+
 class Inbox:
     """Messages that a handler or a callback has not consumed yet. Its lock is a leaf; any thread."""
 
@@ -1170,15 +1331,15 @@ class Inbox:
         self._changed = threading.Condition(threading.Lock())  # guards all below
         self._messages: deque[Message] = deque()
         self._closed = False
-        self._claimed = False  # a callback thread has it, or is about to
+        self.claimed = False  # a callback thread has it, or is about to
 
-    def put(self, message: Message) -> bool:
+    def put(self, message: Message, claim: bool = False) -> bool:
         """Returns whether a callback thread must be found for it."""
         with self._changed:
             self._messages.append(message)
             self._changed.notify()
-            claimed, self._claimed = self._claimed, True
-            return not claimed
+            found, self.claimed = claim and not self.claimed, self.claimed or claim
+            return found
 
     def get(self, timeout: float | None) -> Message:
         with self._changed:
@@ -1191,7 +1352,7 @@ class Inbox:
     def next(self) -> Message | None:
         """For a callback thread: None gives the inbox back."""
         with self._changed:
-            self._claimed = bool(self._messages)
+            self.claimed = bool(self._messages)
             return self._messages.popleft() if self._messages else None
 
     @property
@@ -1210,32 +1371,40 @@ class Inbox:
 
 
 # A state is only ever left for a later one:
+#   GREETING   the TLS handshake and the HTTP request are to come, within handshake_timeout
+#   ANSWERING  the request is here, and a thread works on the answer; nothing is read meanwhile
 #   OPEN       frames go both ways
 #   CLOSING    our close frame is out (or behind what waits); the peer's is awaited for close_timeout
-#   LINGERING  both are out, or the peer broke the rules: for LINGER_SECONDS, what waits is sent, then our end of the
-#              stream, and the peer's end awaited: closing with unread data would send a reset that overtakes the rest
+#   LINGERING  both are out, or the peer broke the rules, or it has an answer instead of a 101: for LINGER_SECONDS, what
+#              waits is sent, then our end of the stream, and the peer's end awaited: closing with unread data would
+#              send a reset that overtakes the rest
 #   CLOSED     the I/O thread closes the descriptor
-OPEN, CLOSING, LINGERING, CLOSED = range(4)
+GREETING, ANSWERING, OPEN, CLOSING, LINGERING, CLOSED = range(6)
 
 
 class Connection:
     """A connected client, as handlers see it. `user` is yours to set."""
 
-    __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_inbox", "_lock", "_outbox", "_parser",
-                 "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "address", "path", "user")
+    __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_idle_frames", "_inbox", "_last_frame",
+                 "_lock", "_outbox", "_parser", "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "_window",
+                 "address", "path", "user")
 
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...], path: str, head: bytes, host: IOThread) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], host: IOThread) -> None:
         sock.setblocking(False)
-        self._sock, self._head, self._host = sock, head, host  # the head is parsed again when asked for: 1 KB saved
-        self.path = path
+        self._sock, self._host = sock, host
+        self._head = b""  # the request's; it is parsed again when asked for, which saves 1 KB
+        self.path = ""
         self.address = address[:2]
         self.user: Any = None
-        self._lock = host.sending_lock()  # guards _state, _outbox, _pending, _progress_at and sending on _sock
-        self._state = OPEN
+        self._lock = host.sending_lock()  # guards _state, _outbox, _pending, _progress_at and every use of _sock
+        self._state = GREETING
+        self._window = 0  # bits of the window that permessage-deflate was agreed on with; 0: it was not
         self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
         self._pending = 0  # bytes in it
         self._parser: FrameParser | None = None  # only while something is half received
         self._inbox: Inbox | None = None  # only while somebody consumes messages
+        self._last_frame = b""  # set: the client has said its last; sent once its messages have been worked off
+        self._idle_frames = 0  # in this second
         self._heard_at = self._progress_at = self._changed_at = time.monotonic()
         self._pinged_at = 0.0  # 0: no pong is awaited
 
@@ -1256,14 +1425,15 @@ class Connection:
     def send(self, message: Any) -> bool:
         """Send text (str), binary (bytes) or JSON (dict, list). Never waits; False if the client has gone."""
         if isinstance(message, str):
-            frame = encode_frame(TEXT, message.encode())
+            opcode, payload = TEXT, message.encode()
         elif isinstance(message, (bytes, bytearray, memoryview)):
-            frame = encode_frame(BINARY, bytes(message))
+            opcode, payload = BINARY, bytes(message)
         elif isinstance(message, (dict, list)):
-            frame = encode_frame(TEXT, encode_json(message, "a message"))
+            opcode, payload = TEXT, encode_json(message, "a message")
         else:
             raise TypeError(f"send() takes str, bytes, dict or list, not {type(message).__name__}")
-        return self.send_frames(frame) >= 0
+        return self.send_frames(encode_message(opcode, payload, self._window,
+                                               self._host.settings.deflate_min_bytes)) >= 0
 
     def recv(self, timeout: float | None = None) -> Message:
         """The client's next message. Raises TimeoutError, and ConnectionClosed, which a handler need not catch."""
@@ -1290,7 +1460,7 @@ class Connection:
         """Start the closing handshake (RFC 6455, section 7.1.2); what waits has close_timeout to go out."""
         if not is_close_code(code):
             raise ValueError(f"close code {code}: use 1000 to 1014 as in RFC 6455 section 7.4.1, or 3000 to 4999")
-        self._wind_down(CLOSING, encode_close(code, reason))
+        self.wind_down(CLOSING, encode_close(code, reason))
 
     # Sending: any thread.
 
@@ -1313,7 +1483,7 @@ class Connection:
             if not too_slow and data:
                 self._enqueue(data)
         if too_slow:
-            self.abort(f"{self._pending} bytes wait for it (outbox_bytes)")
+            self.give_up("outbox", f"{self._pending} bytes wait for it (outbox_bytes)")
         self._host.refresh(self)
         return self._pending if self._state == OPEN else -1
 
@@ -1350,88 +1520,166 @@ class Connection:
         """Whether it is worth waiting for: it has something to take, and takes it."""
         return self._state == OPEN and self._pending > 0 and now - self._progress_at < grace
 
-    # Closing: any thread.
+    # Changing the state: any thread.
 
-    def _wind_down(self, state: int, frame: bytes = b"") -> bool:
-        """Go to a later state; `frame` is the last thing sent."""
+    def open(self, path: str, response: bytes, window: int) -> None:
+        """The handshake is done; the response goes out before any frame, with the next flush()."""
+        with self._lock:
+            if self._state < OPEN:
+                self.path, self._window, self._state = path, window, OPEN
+                self._enqueue(response)
+
+    def wind_down(self, state: int, last: bytes = b"") -> bool:
+        """Go to a later state; `last` is the last thing sent: a close frame, or an HTTP response. False: too late."""
         with self._lock:
             if state <= self._state:
                 return False
-            if frame and self._state == OPEN:
-                self._enqueue(frame)
+            if last and self._state <= OPEN:
+                self._enqueue(last)
             self._state, self._changed_at = state, time.monotonic()
             if state != CLOSED:
                 self._flush()
         self._host.refresh(self)
         return True
 
-    def abort(self, why: str = "") -> None:
-        """Close at once, without a handshake."""
-        if self._wind_down(CLOSED) and why:
+    def refuse(self, error: HandshakeError) -> None:
+        body = f"{error}\n".encode("utf-8", "replace")
+        if self.wind_down(LINGERING, encode_response(error.status, body, **error.headers)):
+            self._host.totals.add(f'refused{{status="{error.status[:3]}"}}')
+            log.info("refused %s:%s: %s %s", *self.address, error.status, error)
+
+    def give_up(self, kind: str, why: str) -> None:
+        """Close a client that does not keep up; should it read on, it learns why."""
+        if self.wind_down(CLOSING, encode_close(TRY_AGAIN_LATER, f"too slow: {why}")):
+            self._host.totals.add(f'closed{{reason="{kind}"}}')
             log.warning("closed %s:%s on %r: %s", *self.address, self.path, why)
+
+    def abort(self) -> bool:
+        """Close at once, without a handshake. False if it was closed already."""
+        return self.wind_down(CLOSED)
 
     # The I/O thread.
 
     def interest(self) -> int:
         """What a selector should wait for."""
         inbox = self._inbox  # its handler may end meanwhile
-        reading = 0 if inbox is not None and inbox.full and self._state == OPEN else selectors.EVENT_READ
-        return reading | (selectors.EVENT_WRITE if self._pending else 0)
+        deaf = self._state == ANSWERING or (
+            self._state == OPEN and (self._last_frame or (inbox is not None and inbox.full)))
+        return (0 if deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._pending else 0)
 
     def read(self, now: float) -> None:
         try:
-            data = self._sock.recv(READ_BYTES)
+            with self._lock:
+                data = self._sock.recv(READ_BYTES)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            if self._state == GREETING:
+                log.info("%s:%s left during the handshake: %s", *self.address, error)
             data = b""
         if not data:
-            self._wind_down(CLOSED)
+            self.abort()
             return
         self._heard_at, self._pinged_at = now, 0.0
         self.receive(data)
 
     def receive(self, data: bytes) -> None:
         """Act on what the client sent."""
-        parser = self._parser or FrameParser(masked=True, max_bytes=self._host.settings.max_message_bytes)
+        if self._state == GREETING:
+            data = self.greet(data)
+        if not data or self._state < OPEN:
+            return
+        parser = self._parser or FrameParser(masked=True, max_bytes=self._host.settings.max_message_bytes,
+                                             deflate=self._window > 0)
         try:
             for opcode, payload in parser.feed(data) if self._state < LINGERING else ():
                 self._ON_FRAME[opcode](self, payload)
-                if self._state >= LINGERING:
+                if self._state >= LINGERING or self._last_frame:
                     break
         except ProtocolError as error:
-            log.info("%s:%s broke the protocol: %s", *self.address, error)
-            self._wind_down(LINGERING, encode_close(error.code, str(error)))
+            self._punish(error)
         self._parser = None if parser.at_rest or self._state >= LINGERING else parser
 
+    def greet(self, data: bytes) -> bytes:
+        """More of the HTTP request; returns what came behind it, once it is accepted."""
+        self._head += data
+        try:
+            end = head_end(self._head)
+            if end < 0:
+                return b""
+            self._head, rest = self._head[:end], self._head[end + 4:]
+            self._host.answer(self, parse_request(self._head))
+            return rest
+        except HandshakeError as error:
+            self.refuse(error)
+            return b""
+
+    def _punish(self, error: ProtocolError) -> None:
+        log.info("%s:%s broke the protocol: %s", *self.address, error)
+        self._host.totals.add(f'closed{{reason="{error.code}"}}')
+        self._say_last(encode_close(error.code, str(error)))
+
     def _on_message(self, message: Message) -> None:
-        if self._state == OPEN:
-            self._host.deliver(self, message)
+        if self._state == OPEN and not self._host.deliver(self, message):
+            self._count_idle_frame()
 
     def _on_ping(self, payload: bytes) -> None:
+        self._count_idle_frame()
         self.send_frames(encode_frame(PONG, payload))
 
+    def _on_pong(self, payload: bytes) -> None:
+        self._count_idle_frame()  # read() has noted that the client is alive
+
+    def _count_idle_frame(self) -> None:
+        self._idle_frames += 1
+        if self._idle_frames > IDLE_FRAMES:
+            raise ProtocolError(POLICY_VIOLATION, f"more than {IDLE_FRAMES} frames a second that nobody asked for")
+
     def _on_close(self, payload: tuple[int, str]) -> None:
-        self._wind_down(LINGERING, encode_close(payload[0]))  # section 5.5.1: echo the code
+        self._say_last(encode_close(payload[0]))  # section 5.5.1: echo the code
 
     _ON_FRAME: ClassVar[dict[int, Callable[[Any, Any], Any]]] = {
-        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, CLOSE: _on_close,
-        PONG: lambda conn, payload: None}  # read() has noted that the client is alive
+        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, PONG: _on_pong, CLOSE: _on_close}
+
+    def _say_last(self, frame: bytes) -> None:
+        """Close, but not before callbacks have answered what the client said before (or tick() loses its patience)."""
+        self._last_frame, self._changed_at = frame, time.monotonic()
+        inbox = self._inbox
+        if inbox is None or not inbox.claimed:
+            self.worked_off()
+
+    def worked_off(self) -> None:
+        """No message is left for a callback; any thread."""
+        if self._last_frame:
+            self.wind_down(LINGERING, self._last_frame)
 
     def tick(self, now: float) -> None:
         """Once a second: is anything overdue?"""
-        settings = self._host.settings
-        if self._state != OPEN:
-            if now - self._changed_at > (settings.close_timeout if self._state == CLOSING else LINGER_SECONDS):
+        settings, since = self._host.settings, now - self._changed_at
+        self._idle_frames = 0
+        if self._state == GREETING:
+            if since > settings.handshake_timeout:
+                self.refuse(HandshakeError("408 Request Timeout",
+                                           f"Send the request within {settings.handshake_timeout:g} s."))
+        elif self._state > OPEN:
+            if since > (settings.close_timeout if self._state == CLOSING else LINGER_SECONDS):
                 self.abort()
+        elif self._last_frame:
+            if since > settings.close_timeout:
+                self.worked_off()
         elif self._pending:
             if now - self._progress_at > settings.send_timeout:
-                self.abort(f"it has taken nothing for {settings.send_timeout:g} s (send_timeout)")
-        elif not self.interest():
-            pass  # its inbox is full: its pong may be behind what we do not read
-        elif self._pinged_at:
-            if now - self._pinged_at > settings.ping_timeout:
-                self.abort(f"no answer to a ping for {settings.ping_timeout:g} s (ping_timeout)")
+                self.give_up("send_timeout", f"it has taken nothing for {settings.send_timeout:g} s (send_timeout)")
+        elif self.interest():  # else its inbox is full: its pong may be behind what we do not read
+            self._keep_alive(now)
+
+    def _keep_alive(self, now: float) -> None:
+        settings = self._host.settings
+        if self._pinged_at:
+            if now - self._pinged_at > settings.ping_timeout and self.abort():
+                self._host.totals.add('closed{reason="ping_timeout"}')
+                log.warning("closed %s:%s on %r: no answer to a ping for %g s (ping_timeout)", *self.address, self.path,
+                            settings.ping_timeout)
         elif settings.ping_interval and now - self._heard_at > settings.ping_interval:
             self._pinged_at = now
             self.send_frames(encode_frame(PING, b""))
@@ -1441,6 +1689,12 @@ class Connection:
         with self._lock:
             self._sock.close()
             self._outbox, self._pending, self._parser = None, 0, None
+
+    def forget(self) -> None:
+        """In a forked child: close our copy of the descriptor, and leave the stream alone; it is the parent's."""
+        self._lock = threading.Lock()  # whoever held it is not here
+        self._state = CLOSED
+        self.dispose()
 
 
 def send_to_all(audience: Iterable[Connection], data: bytes) -> list[Connection]:
@@ -1540,14 +1794,31 @@ class ClientRegistry:
 
 
 # 9 ─ The server ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The accept and handshake threads are those of the websocket_server package; this replaces in it, and why:
+# The accept thread is that of the websocket_server package; this replaces the rest of it, and why:
 #   accept    its listen backlog of 5 drops connections in a rush; an accept() that fails for want of descriptors spins
 #   handshake request lines are read without limit or deadline, malformed ones end in a traceback on stderr, nothing
 #             but a closed connection tells the client what was wrong, and a page of any origin may connect
+#   TLS       ssl.wrap_socket is gone from Python 3.12, and a handshake would block whoever makes it
 #   reading   fragments and binary are refused, lengths and UTF-8 believed, and a thread is kept for each client
 #   sending   send() is blocking and its result ignored: one client that does not read stops the broadcast for all,
 #             and a short write corrupts the stream
 #   clients   the list is changed and iterated by all threads without a lock, and is searched for each disconnect
+
+
+class Totals:
+    """What has happened since the server was made, by the name and label of the metric. Its lock is a leaf."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _totals
+        self._totals: dict[str, int] = {}
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self._lock:
+            self._totals[name] = self._totals.get(name, 0) + amount
+
+    def all(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._totals)
 
 
 class CallbackPool:
@@ -1567,7 +1838,9 @@ class CallbackPool:
     def _work(self) -> None:
         for conn, inbox in iter(self._ready.get, None):
             message = inbox.next()
-            if message is not None:
+            if message is None:
+                conn.worked_off()
+            else:
                 self._run(conn, message)
                 self._ready.put((conn, inbox))  # behind the others: a flood from one client does not starve them
 
@@ -1578,15 +1851,20 @@ class CallbackPool:
 
 
 class IOThread:
-    """Every open connection is parked here: one selector, which only this thread touches.
+    """Every connection is parked here: one selector, which only this thread touches.
 
-    Others call refresh(), which queues the connection for a look and interrupts the selector.
+    Others call refresh(), which queues the connection for a look and interrupts the selector. answer(conn, request)
+    is called once a request is whole, by this thread or the one that has the connection before it is parked; it
+    raises HandshakeError.
     """
 
-    def __init__(self, registry: ClientRegistry, settings: Any, callbacks: Mapping[str, Callable[..., Any]]) -> None:
-        self.registry, self.settings, self.callbacks = registry, settings, callbacks
+    def __init__(self, registry: ClientRegistry, settings: Any, totals: Totals,
+                 callbacks: Mapping[str, Callable[..., Any]], answer: Callable[[Connection, Request], None]) -> None:
+        self.registry, self.settings, self.totals, self.callbacks = registry, settings, totals, callbacks
+        self.answer = answer
         self.pool = CallbackPool(self._run_callback)
         self._parked: dict[Connection, int] = {}  # -> what the selector waits for; 0: nothing
+        self._greeting: dict[Connection, None] = {}  # those in the handshake, the oldest first
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ)
@@ -1594,6 +1872,7 @@ class IOThread:
         self._arrivals = itertools.count()
         self._shared_lock = threading.Lock()
         self._stop_by: float | None = None
+        self._said_goodbye = False
         self._lock = threading.Lock()  # guards _ended: nothing is parked once it is true
         self._ended = False
         self.thread = threading.Thread(target=self._loop, name="wsqueue-io", daemon=True)
@@ -1620,8 +1899,6 @@ class IOThread:
     def stop(self, timeout: float) -> None:
         """Close every connection, for at most `timeout` seconds, and end the thread."""
         self._stop_by = time.monotonic() + timeout
-        for conn in self.registry.audience():
-            conn.close(GOING_AWAY, "the server is stopping")
         self._waker.set()
 
     def _loop(self) -> None:
@@ -1645,7 +1922,7 @@ class IOThread:
     def _serve(self, conn: Connection, rest: bytes | None = None, mask: int = 0) -> None:
         try:
             if rest is not None:  # it is new here
-                self._parked[conn] = 0
+                self._welcome(conn)
                 conn.receive(rest)
             if mask & selectors.EVENT_WRITE:
                 conn.flush()
@@ -1658,15 +1935,25 @@ class IOThread:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(conn._sock)
             self._parked.pop(conn, None)
+            self._greeting.pop(conn, None)
             self.registry.discard(conn)
             conn.dispose()
+
+    def _welcome(self, conn: Connection) -> None:
+        self._parked[conn] = 0
+        if conn._state <= ANSWERING:
+            self._greeting[conn] = None
+            if len(self._greeting) > HALF_OPEN or len(self._greeting) * 4 > descriptors():
+                next(iter(self._greeting)).abort()
 
     def _settle(self, conn: Connection) -> None:
         """Make the selector and the registry agree with the connection's state."""
         before, inbox = self._parked.get(conn), conn._inbox
-        if before is None:  # still in the handshake, or gone already
+        if before is None:  # not here yet, or gone already
             return
-        if conn._state != OPEN:
+        if conn._state != GREETING:
+            self._greeting.pop(conn, None)
+        if conn._state > OPEN:
             self.registry.discard(conn)
             if inbox is not None:
                 inbox.close()
@@ -1688,7 +1975,16 @@ class IOThread:
             self._selector.unregister(conn._sock)
 
     def _finished(self) -> bool:
-        if self._stop_by is None or (self._parked and time.monotonic() < self._stop_by):
+        if self._stop_by is None:
+            return False
+        if not self._said_goodbye and not self._touched:
+            self._said_goodbye = True
+            for conn in list(self._parked):
+                if conn._state < OPEN:
+                    conn.abort()
+                else:
+                    conn.close(GOING_AWAY, "the server is stopping")
+        if self._parked and time.monotonic() < self._stop_by:
             return False
         with self._lock:
             self._ended = not self._touched
@@ -1696,23 +1992,31 @@ class IOThread:
             conn.abort()
         return self._ended and not self._parked
 
-    def deliver(self, conn: Connection, message: Message) -> None:
-        """To the route's callback, else to its handler if that still runs, else to nobody: never to other clients."""
+    def deliver(self, conn: Connection, message: Message) -> bool:
+        """To the route's callback, else to its handler if that still runs, else to nobody (False): never to others."""
         inbox = conn._inbox
         if conn.path not in self.callbacks:
             if inbox is not None:
                 inbox.put(message)
-            return
+            return inbox is not None
         if inbox is None:
             inbox = conn._inbox = Inbox()
-        if inbox.put(message):
+        if inbox.put(message, claim=True):
             self.pool.submit(conn, inbox)
+        return True
 
     def _run_callback(self, conn: Connection, message: Message) -> None:
         inbox = conn._inbox
         if inbox is not None and inbox.has_room_again:
             self.refresh(conn)
         _run_user_code(self.callbacks[conn.path], conn, message)
+
+    def forget(self) -> None:
+        """In a forked child, which has copies of our descriptors, but not our thread."""
+        for conn in {*self._parked, *(conn for conn, _ in self._touched)}:
+            conn.forget()
+        self._selector.close()
+        self._waker.close()
 
 
 def _run_user_code(function: Callable[..., Any], conn: Connection, *args: Any) -> None:
@@ -1726,29 +2030,6 @@ def _run_user_code(function: Callable[..., Any], conn: Connection, *args: Any) -
 
 
 # The handshake (RFC 6455, section 4.2).
-
-
-def read_head(sock: socket.socket, timeout: float) -> tuple[bytes, bytes]:
-    """An HTTP head without its blank line, and what came behind it. Raises HandshakeError, OSError."""
-    deadline, data = time.monotonic() + timeout, b""
-    while True:
-        end = data.find(b"\r\n\r\n")
-        if end > HEAD_BYTES or (end < 0 and len(data) > HEAD_BYTES):
-            raise HandshakeError("431 Request Header Fields Too Large", f"Send at most {HEAD_BYTES} bytes of headers.")
-        if end >= 0:
-            return data[:end], data[end + 4:]
-        if data and not data[:1].isalpha():
-            raise HandshakeError("400 Bad Request", "This is not HTTP. Is it wss:// to a port that speaks ws://?")
-        try:
-            sock.settimeout(max(0.0, deadline - time.monotonic()))
-            piece = sock.recv(HEAD_BYTES) if time.monotonic() < deadline else None
-        except (socket.timeout, BlockingIOError):
-            piece = None
-        if piece is None:
-            raise HandshakeError("408 Request Timeout", f"Send the request within {timeout:g} s.")
-        if not piece:
-            raise ConnectionAbortedError("closed during the handshake")
-        data += piece
 
 
 def websocket_key(request: Request) -> str:
@@ -1787,53 +2068,51 @@ def check_origin(request: Request, allowed: Sequence[str]) -> None:
                          " (--allowed-origins) if they should.")
 
 
-def _refuse(sock: socket.socket, error: HandshakeError) -> None:
-    body = f"{error}\n".encode("latin-1", "replace")
-    headers = {"Content-Type": "text/plain", "Content-Length": str(len(body)), "Connection": "close", **error.headers}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    with sock, contextlib.suppress(OSError):  # a peer that has gone, or reads nothing
-        sock.settimeout(LINGER_SECONDS)
-        sock.sendall(f"HTTP/1.1 {error.status}\r\n{lines}\r\n".encode("latin-1") + body)
-        # Closing with unread data sends a reset, which overtakes the answer. Read on, within reason.
-        sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while sock.recv(READ_BYTES) and time.monotonic() < deadline:
-            pass
+def tls_context(certificate: str, key: str) -> Any:
+    """An ssl.SSLContext for a server, TLS 1.2 and later. Raises SettingError that names the files."""
+    import ssl
+
+    class TLSSocket(ssl.SSLSocket):
+        """Behaves as a non-blocking socket does; the first recv() also shakes hands."""
+
+        def recv(self, size: int = READ_BYTES, flags: int = 0) -> bytes:
+            try:
+                return super().recv(size)  # more than a record's 16 KiB: nothing stays where no selector sees it
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise BlockingIOError from None
+
+        def send(self, data: Any, flags: int = 0) -> int:
+            try:
+                return super().send(data)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise BlockingIOError from None
+
+        def shutdown(self, how: int) -> None:
+            with contextlib.suppress(OSError, ValueError):
+                self.unwrap()  # sends close_notify; that the peer's is not here yet is no error of ours
+            super().shutdown(how)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # a client could make us shake hands for ever
+    context.sslsocket_class = TLSSocket
+    try:
+        context.load_cert_chain(certificate, key or None, password="")  # None: OpenSSL asks the terminal
+    except (OSError, ValueError) as error:
+        named = f"tls_cert {certificate!r}" + (f" with tls_key {key!r}" if key else "")
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        raise SettingError(f"setting {named} cannot be used: {reason}; both must be PEM, a certificate chain and its"
+                           " private key without a passphrase") from None
+    return context
+
+
+def descriptors() -> int:
+    """How many this process may have open (RLIMIT_NOFILE)."""
+    limit = os.sysconf("SC_OPEN_MAX")
+    return limit if limit >= 0 else 2**31
 
 
 _NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 0)
-
-
-class _Handshake:
-    """Mixed into websocket_server.WebSocketHandler; it lives for one request."""
-
-    request: socket.socket
-    client_address: tuple[Any, ...]
-    server: Any
-    make_handshake_response: Callable[[str], str]  # the package's 101 and its Sec-WebSocket-Accept
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
-        if _NOTSENT_LOWAT:  # without it the kernel hides megabytes, and a client's progress for as long as they take
-            self.request.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, UNSENT_BYTES)
-
-    def handle(self) -> None:
-        core = self.server.core
-        settings = core._settings
-        try:
-            head, rest = read_head(self.request, settings.handshake_timeout)
-            request = parse_request(head)
-            key = websocket_key(request)
-            check_origin(request, settings.allowed_origins)
-        except HandshakeError as error:
-            log.info("refused %s:%s: %s %s", *self.client_address[:2], error.status, error)
-            core._spawn(_refuse, self.request, error)  # it lingers, which the accept thread must not
-            return
-        response = self.make_handshake_response(key).encode("ascii")
-        core._admit(Connection(self.request, self.client_address, request.path, head, core._io), response, rest)
-
-    def finish(self) -> None:
-        pass  # the package's searches its list of clients
 
 
 class _Listener:
@@ -1842,56 +2121,80 @@ class _Listener:
     request_queue_size = BACKLOG
     socket: Any
     core: WebSocketServer
+    _exhausted = False
 
     def get_request(self) -> Any:
         try:
             sock, address = self.socket.accept()
-            if sock.fileno() < os.sysconf("SC_OPEN_MAX") % 2**31 - SPARE_FILES:  # -1: there is no limit
+            if sock.fileno() < descriptors() - SPARE_FILES:
+                self._exhausted = False
                 return sock, address
             sock.close()
             raise OSError(errno.EMFILE, "too many clients")
         except OSError as error:
             if error.errno in _OWN_TROUBLE:
-                log.error("cannot accept a connection: %s; raise the limit (ulimit -n)", error.strerror)
+                if not self._exhausted:
+                    log.error("cannot accept connections: %s; raise the limit (ulimit -n)", error.strerror)
+                self._exhausted = True
                 time.sleep(0.1)  # the connection stays in the backlog, so the selector would return at once
             raise
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """In a rush, requests are here before they are accepted: answering at once is 4 times faster than a thread."""
-        try:
-            at_once = b"\r\n\r\n" in request.recv(HEAD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            at_once = False
-        if at_once:
-            self.core._greet(request, client_address)
-        else:
-            self.core._spawn(self.core._greet, request, client_address)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
+        if _NOTSENT_LOWAT:  # without it the kernel hides megabytes, and a client's progress for as long as they take
+            request.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, UNSENT_BYTES)
+        self.core._accept(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("the connection of %s failed: %s", client_address, sys.exc_info()[1])
+        log.info("%s:%s left during the handshake: %s", *client_address[:2], sys.exc_info()[1])
 
 
 def _listen(host: str, port: int) -> Any:
-    """A listening websocket_server.WebsocketServer with our accept and handshake. Raises ServerError."""
+    """A listening websocket_server.WebsocketServer that accepts as we do. Raises ServerError."""
     root, guard = logging.getLogger(), logging.NullHandler()
     root.addHandler(guard)  # the package calls logging.basicConfig(), which leaves a configured logger alone
     try:
-        from websocket_server import WebSocketHandler, WebsocketServer  # type: ignore[import-untyped]
+        from websocket_server import WebsocketServer  # type: ignore[import-untyped]
     except ImportError:
         raise ServerError("a server needs the websocket-server package: pip install websocket-server") from None
     finally:
         root.removeHandler(guard)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener: Any = type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
+        return type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
     except (OSError, UnicodeError) as error:
         taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
         remedy = ("stop what uses it, or choose another port with port() or --port (0 picks a free one)" if taken else
                   "give an address of this machine with host() or --host")
         reason = getattr(error, "strerror", None) or error
         raise ServerError(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
-    listener.RequestHandlerClass = type("Handshake", (_Handshake, WebSocketHandler), {})
-    return listener
+
+
+# Monitoring. Names and types of the metrics; the text format is that of Prometheus, version 0.0.4.
+
+_METRICS = {
+    "clients": ("gauge", "WebSocket clients that are connected."),
+    "backlog_events": ("gauge", "Event files that wait in the queue."),
+    "backlog_oldest_seconds": ("gauge", "Age of the oldest of them."),
+    "failed_files": ("gauge", "Files in failed/."),
+    "events_total": ("counter", "Events that were sent."),
+    "deliveries_total": ("counter", "Events that were sent, times the clients that each was sent to."),
+    "connections_total": ("counter", "WebSocket clients that have connected."),
+    "refused_total": ("counter", "Requests that were answered with an HTTP error."),
+    "closed_total": ("counter", "Connections that the server closed, by what the client did wrong."),
+}
+
+
+def metrics_text(samples: Mapping[str, float]) -> bytes:
+    """Samples by name and label, without prefix and suffix: {'refused{status="403"}': 1}."""
+    lines = []
+    for name, (kind, text) in _METRICS.items():
+        stem = name[:-6] if kind == "counter" else name
+        lines += [f"# HELP wsqueue_{name} {text}", f"# TYPE wsqueue_{name} {kind}"]
+        found = {sample[len(stem):]: value for sample, value in samples.items() if sample.partition("{")[0] == stem}
+        lines += [f"wsqueue_{name}{label} {value:g}" if value < 1e6 else f"wsqueue_{name}{label} {value:.0f}"
+                  for label, value in (found or {"": 0} if kind == "counter" else found).items()]
+    return ("\n".join(lines) + "\n").encode()
 
 
 class WebSocketServer:
@@ -1910,12 +2213,22 @@ class WebSocketServer:
         self._settings = checked_settings(settings)
         self._handlers: dict[str, Callable[[Connection], Any]] = {}
         self._callbacks: dict[str, Callable[[Connection, Message], Any]] = {}
+        self._reset()
+        _SERVERS.add(self)
+
+    def _reset(self) -> None:
+        """As if never started; also in a forked child, where other threads may have held the locks."""
         self._lifecycle = threading.Lock()  # guards _state and _spawned
-        self._state = "new"  # -> running -> stopping -> stopped -> running
-        self._stopped = threading.Event()
-        self._spawned: dict[threading.Thread, Any] = {}  # -> the socket or connection it works for
+        self._state = "new"  # -> running -> stopping -> stopped -> running; or standby in between
+        self._stopped, self._stopping = threading.Event(), threading.Event()
+        self._signals: SimpleQueue[int] = SimpleQueue()  # put() may interrupt itself: Event.set() in a handler may not
+        self._spawned: set[threading.Thread] = set()
+        self._pages = threading.BoundedSemaphore(PAGE_THREADS)
         self._listener: Any = None
-        self.registry = ClientRegistry()
+        self._queue: EventQueue | None = None
+        self._tls: Any = None
+        self._trouble = ""  # with the queue, as the queue thread met it last
+        self.registry, self._totals = ClientRegistry(), Totals()
 
     @classmethod
     def get_instance(cls, app: Any = None) -> WebSocketServer:
@@ -1928,7 +2241,7 @@ class WebSocketServer:
     # Settings and routes.
 
     def _set(self, **settings: Any) -> WebSocketServer:
-        if self._state == "running":
+        if self._state in ("running", "standby"):
             raise ServerError("the server runs: change its settings before start()")
         given = {**self._given, **settings}
         self._settings, self._given = checked_settings(given), given
@@ -1968,26 +2281,41 @@ class WebSocketServer:
     def start(self, background: bool = False, ready: Callable[[], Any] | None = None) -> None:
         """Serve until stop(); in the main thread, SIGINT and SIGTERM stop it, too. ready() is called once it listens.
 
-        With background=True, return once it listens. Raises ServerError (the port), QueueError (the queue).
+        With background=True, return once it listens; or, where another process serves the queue already, at once, and
+        serve when that one has gone: so all workers of a preforking server may call it. Raises ServerError (the
+        port), QueueError (the queue), SettingError (the certificate).
         """
+        try:
+            self._launch()  # what cannot start has nothing to stop: it may be a server that runs already
+        except QueueInUseError as error:
+            if not background:
+                raise
+            self._stand_by(error)
+        if not background:
+            self._serve_until_stopped(ready)
+
+    def _serve_until_stopped(self, ready: Callable[[], Any] | None) -> None:
         import signal
 
-        self._launch()  # what cannot start has nothing to stop: it may be a server that runs already
-        if background:
-            return
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+        numbers: list[Any] = []
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if self._tls else [])]
+        before = {number: signal.signal(number, lambda number, frame: self._signals.put(number))
+                  for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and shells ask
         try:
             if ready:
                 ready()
-            while not self._stopped.wait(1.0):  # a signal that comes just before the thread falls asleep wakes nobody
-                pass
-        except KeyboardInterrupt:
-            log.info("stopping")
+            number = 0
+            while not self._stopped.is_set() and number not in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(Empty):  # a signal that comes just before we fall asleep wakes nobody
+                    number = self._signals.get(timeout=1.0)
+                    log.info("received %s", signal.Signals(number).name if number else "stop()")
+                    if number == signal.SIGHUP:
+                        self.reload_certificates()
         finally:
             self.stop()
-            if in_main:
-                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _launch(self) -> None:
         with self._lifecycle:
@@ -2000,16 +2328,19 @@ class WebSocketServer:
 
     def _prepare(self) -> None:
         settings = self._settings
-        self._listener = _listen(settings.host, settings.port)
-        self._listener.core = self
+        self._tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        self._queue = self._open_queue() if settings.queue else None  # before the port, which its holder has, too
         try:
-            self._queue = self._open_queue() if settings.queue else None
+            self._listener = _listen(settings.host, settings.port)
         except BaseException:
-            self._listener.server_close()
+            if self._queue:
+                self._queue.close()
             raise
+        self._listener.core = self
         self._stopped.clear()
-        self._stopping = threading.Event()
-        self._io = IOThread(self.registry, settings, self._callbacks)
+        self._stopping.clear()
+        self._signals = SimpleQueue()
+        self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
         self._threads = [self._io.thread, threading.Thread(
             target=self._listener.serve_forever, args=(2.0,), name="wsqueue-accept", daemon=True)]
         if self._queue:
@@ -2022,46 +2353,88 @@ class WebSocketServer:
         queue.open()
         return queue
 
+    def _stand_by(self, error: QueueInUseError) -> None:
+        log.info("standing by: %s", error)
+        with self._lifecycle:
+            self._state = "standby"
+            self._stopping.clear()
+            self._standby = threading.Thread(target=self._await_turn, name="wsqueue-standby", daemon=True)
+            self._standby.start()
+
+    def _await_turn(self) -> None:
+        trouble = ""
+        while not self._stopping.wait(STANDBY_SECONDS):
+            try:
+                self._launch()
+                log.info("no longer standing by: serving %s", self.url)
+                return
+            except QueueInUseError:
+                continue
+            except WsqueueError as error:
+                if str(error) != trouble:
+                    log.error("%s; trying again", error)
+                trouble = str(error)
+
     def stop(self) -> None:
         """Finish the event in hand, say goodbye to the clients, free the queue. Any thread, any number of times."""
+        if self._state == "standby":
+            self._stopping.set()
+            self._join([self._standby])
         with self._lifecycle:
-            first = self._state == "running"
-            if first:
-                self._state = "stopping"
+            first = self._state in ("running", "standby")
+            serving, self._state = self._state == "running", "stopping" if first else self._state
         if first:
-            self._shut_down()
+            self._shut_down(serving)
         elif self._state == "stopping" and not threading.current_thread().name.startswith("wsqueue-"):
             self._stopped.wait()
 
-    def _shut_down(self) -> None:
-        self._stopping.set()
+    def _shut_down(self, serving: bool) -> None:
+        if serving:
+            self._stopping.set()
+            self._close_listener()
+            if self._queue:
+                self._queue.wake()
+                self._join(self._threads[2:])
+            self._io.stop(self._settings.close_timeout)
+            with self._lifecycle:
+                spawned = list(self._spawned)
+            self._join([*self._threads, *spawned])
+            self._join(self._io.pool.stop())  # after the I/O thread, which starts its threads
+            if self._queue:
+                self._queue.close()
+        self._state = "stopped"
+        self._stopped.set()
+        self._signals.put(0)
+
+    def _close_listener(self) -> None:
         with contextlib.suppress(OSError):
             self._listener.socket.shutdown(socket.SHUT_RDWR)  # wakes its selector; it would sleep for two seconds
         if self._threads[1].is_alive():  # else it would wait for ever
             self._listener.shutdown()
         self._listener.server_close()
-        if self._queue:
-            self._queue.wake()
-            self._join(self._threads[2:])
-        self._io.stop(self._settings.close_timeout)
-        with self._lifecycle:
-            spawned = dict(self._spawned)
-        for owner in spawned.values():
-            if isinstance(owner, socket.socket):
-                with contextlib.suppress(OSError):
-                    owner.shutdown(socket.SHUT_RD)
-        self._join([*self._threads, *spawned])
-        self._join(self._io.pool.stop())  # after the I/O thread, which starts its threads
-        if self._queue:
-            self._queue.close()
-        self._state = "stopped"
-        self._stopped.set()
 
     def _join(self, threads: Iterable[threading.Thread]) -> None:
         deadline = time.monotonic() + self._settings.close_timeout + 2 * LINGER_SECONDS
         for thread in threads:
             if thread.ident and thread is not threading.current_thread():  # a handler may have called stop()
                 thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _forget(self) -> None:
+        """In a forked child: the parent serves. Copies of its descriptors would keep its port, lock and clients."""
+        if self._listener:
+            self._listener.socket.close()
+            self._io.forget()
+        if self._queue:
+            self._queue.close()
+        self._reset()
+
+    def reload_certificates(self) -> None:
+        """Read tls_cert and tls_key again, for connections from now on; what cannot be read is logged, and not used."""
+        try:
+            self._tls = tls_context(self._settings.tls_cert, self._settings.tls_key)
+            log.info("read the certificate %s again", self._settings.tls_cert)
+        except SettingError as error:
+            log.error("still using the old certificate: %s", error)
 
     def __enter__(self) -> WebSocketServer:
         self.start(background=True)
@@ -2075,12 +2448,12 @@ class WebSocketServer:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches the server. Raises ServerError before start()."""
+        """Where a client on this machine reaches the server. Raises ServerError while it does not listen yet."""
         if self._listener is None:
-            raise ServerError("the URL is known once the server has started")
+            raise ServerError("the URL is known once the server listens: start() it; one that stands by does not yet")
         host, port = self._listener.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is read, not bound
-        return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+        return f"{'wss' if self._tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def get_connections(self) -> list[Connection]:
         return self.registry.audience()
@@ -2088,59 +2461,129 @@ class WebSocketServer:
     def get_connection_count(self) -> int:
         return len(self.registry)
 
-    # Clients: the accept thread, or a thread of their own.
+    # Clients: the accept thread, then the I/O thread, or a thread of their own.
 
-    def _spawn(self, run: Callable[..., Any], owner: Any, *args: Any) -> None:
-        """run(owner, *args) in a thread that stop() knows of; a socket that it owns is still in the handshake."""
-        def work() -> None:
-            try:
-                run(owner, *args)
-            finally:
-                with self._lifecycle:
-                    del self._spawned[threading.current_thread()]
-
-        thread = threading.Thread(target=work, name="wsqueue-handshake", daemon=True)
-        with self._lifecycle:  # the thread's end waits for it, too
-            thread.start()
-            self._spawned[thread] = owner
-
-    def _greet(self, sock: socket.socket, address: Any) -> None:
+    def _accept(self, sock: socket.socket, address: Any) -> None:
+        """Answer at once what is here: in a rush, requests come before they are accepted."""
+        rest = b""
+        if self._tls:
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        conn = Connection(sock, address, self._io)
         try:
-            self._listener.finish_request(sock, address)
-        except OSError as error:
-            log.info("%s:%s left during the handshake: %s", *address[:2], error)
-            sock.close()
+            if not self._tls:
+                rest = conn.greet(sock.recv(READ_BYTES))
+        except OSError:
+            pass  # nothing is here, or nobody any more: the I/O thread finds out
         except Exception:
-            log.exception("the handshake of %s:%s failed", *address[:2])
-            sock.close()
+            log.exception("the handshake of %s:%s failed", *conn.address)
+            conn.abort()
+        if not self._io.park(conn, rest):
+            self.registry.discard(conn)
+            conn.dispose()
 
-    def _admit(self, conn: Connection, response: bytes, rest: bytes) -> None:
-        """Park the connection, and run its route's handler.
+    def _answer(self, conn: Connection, request: Request) -> None:
+        """Park the connection, and run its route's handler; or say what is wrong with the request: HandshakeError."""
+        settings = self._settings
+        page = self._page(request)
+        if page:
+            conn.wind_down(ANSWERING)
+            self._spawn(self._answer_page, conn, page)
+            return
+        key = websocket_key(request)
+        check_origin(request, settings.allowed_origins)
+        offers = request.headers.get("sec-websocket-extensions", "") if settings.deflate else ""
+        extension, window = accept_deflate(offers)
+        response = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    f"Sec-WebSocket-Accept: {accept_key(key)}\r\n"
+                    + (f"Sec-WebSocket-Extensions: {extension}\r\n" if extension else "") + "\r\n")
+        self._admit(conn, request.path, response.encode(), window)
+
+    def _admit(self, conn: Connection, path: str, response: bytes, window: int) -> None:
+        """Let the client in, and run its route's handler.
 
         The 101 goes into the outbox before the registry knows the client, so that a broadcast from another thread
         comes after it; and the registry knows it before the 101 is out, so that who is connected misses nothing.
         """
-        handler = self._handlers.get(conn.path)
-        if handler and conn.path not in self._callbacks:
+        handler, most = self._handlers.get(path), self._settings.max_clients
+        if handler and path not in self._callbacks:
             conn._inbox = Inbox()
-        conn._enqueue(response)
-        self.registry.add(conn, (conn.path,))
+        with self._lifecycle:  # two threads let clients in
+            if most and len(self.registry) >= most:
+                raise HandshakeError("503 Service Unavailable", f"{most} clients are connected, as many as may"
+                                     " (max_clients). Try again later.", Retry_After="5")
+            conn.open(path, response, window)
+            self.registry.add(conn, (path,))
         conn.flush()
-        if not self._io.park(conn, rest):
-            self.registry.discard(conn)
-            conn.dispose()
-        elif handler:
+        self._totals.add("connections")
+        if handler:
             try:
                 self._spawn(self._run_handler, conn, handler)
-            except RuntimeError as error:  # the I/O thread owns the socket by now: it must not be closed here
+            except RuntimeError as error:
                 log.error("no thread for the handler of %s:%s: %s", *conn.address, error)
                 conn.close(SERVER_ERROR, "the server is overloaded")
+
+    def _spawn(self, run: Callable[..., Any], *args: Any) -> None:
+        """run(*args) in a thread that stop() knows of."""
+        def work() -> None:
+            try:
+                run(*args)
+            finally:
+                with self._lifecycle:
+                    self._spawned.discard(threading.current_thread())
+
+        thread = threading.Thread(target=work, name="wsqueue-handler", daemon=True)
+        with self._lifecycle:  # the thread's end waits for it, too
+            thread.start()
+            self._spawned.add(thread)
 
     def _run_handler(self, conn: Connection, handler: Callable[[Connection], Any]) -> None:
         _run_user_code(handler, conn)
         if conn.path not in self._callbacks:
             conn._inbox = None  # nobody consumes messages any more
             self._io.refresh(conn)
+
+    # Monitoring pages.
+
+    def _page(self, request: Request) -> Callable[[], bytes] | None:
+        """What makes the answer to a request for a monitoring page."""
+        settings = self._settings
+        loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+        if settings.monitoring == "off" or (settings.monitoring == "auto" and not loopback):
+            return None
+        pages = {"/healthz": self._health, "/metrics": self._metrics}
+        return pages.get(request.path) if request.method == "GET" and "upgrade" not in request.headers else None
+
+    def _answer_page(self, conn: Connection, page: Callable[[], bytes]) -> None:
+        if not self._pages.acquire(blocking=False):
+            conn.refuse(HandshakeError("503 Service Unavailable", "Too many ask for this at once.", Retry_After="1"))
+            return
+        try:
+            conn.wind_down(LINGERING, page())
+        except Exception:
+            log.exception("cannot answer for a monitoring page")
+            conn.refuse(HandshakeError("500 Internal Server Error", "The server's log says what went wrong."))
+        finally:
+            self._pages.release()
+
+    def _state_of_queue(self) -> tuple[Backlog, str]:
+        """What waits, and what is the matter with the queue."""
+        try:
+            return (self._queue.backlog() if self._queue else Backlog(0, 0.0, 0)), self._trouble
+        except QueueError as error:
+            return Backlog(0, 0.0, 0), str(error)
+
+    def _health(self) -> bytes:
+        backlog, trouble = self._state_of_queue()
+        facts = {"status": "trouble" if trouble else "ok", "clients": len(self.registry), "backlog": backlog.waiting,
+                 "oldest": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
+        status = "503 Service Unavailable" if trouble else "200 OK"
+        return encode_response(status, encode_json(facts, "health") + b"\n", "application/json")
+
+    def _metrics(self) -> bytes:
+        backlog = self._state_of_queue()[0]
+        samples = {**self._totals.all(), "clients": len(self.registry), "backlog_events": backlog.waiting,
+                   "backlog_oldest_seconds": backlog.oldest, "failed_files": backlog.failed}
+        return encode_response("200 OK", metrics_text(samples), "text/plain; version=0.0.4; charset=utf-8")
 
     # Events: the queue thread, and whoever calls broadcast().
 
@@ -2149,7 +2592,6 @@ class WebSocketServer:
         self._fan_out([make_event(event, payload, to, time.time())])
 
     def _consume(self, queue: EventQueue) -> None:
-        trouble = ""
         while not self._stopping.is_set():
             try:
                 events = queue.take()
@@ -2157,19 +2599,25 @@ class WebSocketServer:
                     self._pace(self._fan_out(events), sum(len(event.text) for event in events) >= TICK_BYTES)
                     queue.done(events)  # only now: a crash repeats an event, it does not lose it
                     continue
-                trouble = ""
+                self._trouble = ""
             except Exception as error:
-                if str(error) != trouble:
+                if str(error) != self._trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
-                trouble = str(error)
+                self._trouble = str(error)
             queue.wait(self._settings.poll_interval)
 
     def _fan_out(self, events: Iterable[Event]) -> set[Connection]:
         """Send events, joined into one buffer for each run with the same audience; returns for whom something waits."""
         late: set[Connection] = set()
+        least = self._settings.deflate_min_bytes
         for to, run in itertools.groupby(events, lambda event: event.to):
-            data = b"".join([encode_frame(TEXT, event.text) for event in run])
-            late.update(send_to_all(self.registry.audience(to), data))
+            texts = [event.text for event in run]
+            audience = self.registry.audience(to)
+            for window, members in _by_window(audience, max(map(len, texts)) >= least):
+                data = b"".join([encode_message(TEXT, text, window, least) for text in texts])
+                late.update(send_to_all(members, data))
+            self._totals.add("events", len(texts))
+            self._totals.add("deliveries", len(texts) * len(audience))
         return late
 
     def _pace(self, late: set[Connection], more: bool) -> None:
@@ -2185,6 +2633,32 @@ class WebSocketServer:
         deadline = time.monotonic() + patience
         while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
             late = {conn for conn in late if conn.keeps_up(time.monotonic(), grace)}
+
+
+def _by_window(audience: list[Connection], compress: bool) -> Iterable[tuple[int, list[Connection]]]:
+    """The connections by the window of their permessage-deflate: each group is sent the same bytes."""
+    if not compress:
+        return [(0, audience)]
+    groups: dict[int, list[Connection]] = {}
+    for conn in audience:
+        groups.setdefault(conn._window, []).append(conn)
+    return groups.items()
+
+
+# A fork copies descriptors and not threads: the child must not hold the parent's port, lock and clients open.
+
+_SERVERS: weakref.WeakSet[WebSocketServer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    _NAMES.reset()
+    WebSocketServer._instance_lock = threading.Lock()
+    for server in list(_SERVERS):
+        server._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2251,6 +2725,7 @@ def _serve(options: Any) -> int:
     if not given["queue"]:
         raise SettingError("the name of the queue directory is empty: give --queue DIR")
     server = WebSocketServer(**given)
+    _raise_descriptor_limit()
 
     def ready() -> None:
         print(f"listening on {server.url}", flush=True)
@@ -2258,6 +2733,15 @@ def _serve(options: Any) -> int:
 
     server.start(ready=ready)
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """The soft limit is 1,024 on most systems, for programs that use select(2); the hard one is what an admin meant."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # macOS has "infinity" there, and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _send(options: Any) -> int:
@@ -2334,7 +2818,6 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
     """The client's side of the handshake (RFC 6455, section 4.1): the socket, and the response, which reads it."""
     import http.client
     from base64 import b64encode
-    from hashlib import sha1
     from urllib.parse import urlsplit
 
     try:
@@ -2346,16 +2829,15 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
             raise ValueError
     except (KeyError, ValueError, http.client.InvalidURL):
         raise SettingError(f"{url!r} is not a WebSocket URL such as ws://127.0.0.1:8081/") from None
-    key = b64encode(os.urandom(16))
+    key = b64encode(os.urandom(16)).decode()
     try:
         client.request("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
-                                             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key.decode()})
+                                             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key})
         answer = client.getresponse()
-        accept = b64encode(sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()  # noqa: S324
         if answer.status != 101:
             sentence = answer.read(KIB).decode("utf-8", "replace").strip()
             raise ServerError(f"{url} answered {answer.status} {answer.reason}: {sentence}")
-        if answer.headers["Sec-WebSocket-Accept"] != accept:
+        if answer.headers["Sec-WebSocket-Accept"] != accept_key(key):
             raise http.client.BadStatusLine("the wrong Sec-WebSocket-Accept")
     except (socket.timeout, http.client.HTTPException) as error:
         raise ServerError(f"{url} does not answer as a WebSocket server does") from error

@@ -462,28 +462,38 @@ def test_a_flood_to_a_slow_consumer_is_bounded_and_loses_nothing(kind):
     assert numbers(seen) == list(range(count))
 
 
-def closed_by_server(client):
-    """Whether sending on ends, because the server has closed the connection."""
-    try:
-        client.socket.sendall(client_frame(PING, bytes(125)) * 100)
-    except (ConnectionResetError, BrokenPipeError):
-        return True
-    return False
-
-
 def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_ping_flood_without_reading_is_closed_by_the_outbox_limit(caplog):
-    """Pongs wait like everything else: a client that takes none is closed, once and with a log line."""
-    with serving(outbox_bytes=64 * KIB) as server, RawClient(server.url) as other:
-        with RawClient(server.url, receive_buffer=4 * KIB) as client:
-            eventually(lambda: closed_by_server(client), timeout=30, what="the server to close the connection")
-        eventually(lambda: server.get_connection_count() == 1)
-        assert still_reaches(server, other)
-    assert len(warnings_of(caplog)) == 1
-    assert "outbox_bytes" in caplog.text
+FLOODS = {
+    "pings": client_frame(PING),
+    "pongs": client_frame(PONG, bytes(125)),
+    "messages that nobody consumes": client_frame(TEXT, b"x"),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_of_frames_that_nobody_asked_for_is_closed(server, client, name):
+    """1008 for more than a thousand in a second; the others do not notice."""
+    with RawClient(server.url) as flooder:
+        flooder.socket.sendall(FLOODS[name] * 3000)
+        assert closing_code(flooder) == 1008
+        assert flooder.ended()
+    assert still_reaches(server, client)
+
+
+def closing_code(client):
+    """The code of the close frame behind whatever pongs came."""
+    frames = iter(client.read_frame, None)
+    return next(struct.unpack("!H", payload[:2])[0] for opcode, payload in frames if opcode == CLOSE)
+
+
+def test_a_ping_or_two_is_no_flood(client):
+    """Hundreds a second are answered, one by one and in order."""
+    for number in range(300):
+        client.send_frame(PING, str(number).encode())
+    assert [client.read_frame()[1] for _ in range(300)] == [str(number).encode() for number in range(300)]
 
 
 def test_a_client_that_takes_nothing_is_closed_by_the_send_timeout(caplog):

@@ -36,7 +36,16 @@ from clients import (
     still_reaches,
 )
 from helpers import ROOT, TIME_UNIT, Server, eventually, spawn_server
-from wsqueue import EventError, QueueError, ServerError, SettingError, WebSocketServer, queue_event, queue_events
+from wsqueue import (
+    EventError,
+    QueueError,
+    QueueInUseError,
+    ServerError,
+    SettingError,
+    WebSocketServer,
+    queue_event,
+    queue_events,
+)
 
 KIB = 1024
 
@@ -581,11 +590,11 @@ def test_a_host_that_is_not_ours_is_named():
 
 @pytest.mark.usefixtures("nothing_is_left")
 def test_a_queue_that_another_process_serves_is_refused(directory):
-    """QueueError names the other process; the port is free again, and the other goes on."""
+    """start() raises QueueInUseError, which names the other process; the port is free again, and the other goes on."""
     port = free_port()
     with spawn_server("--queue", directory) as other:
-        with pytest.raises(QueueError, match=rf"\b{other.pid}\b"):
-            WebSocketServer(port=port, queue=directory).start(background=True)
+        with pytest.raises(QueueInUseError, match=rf"\b{other.pid}\b"):
+            WebSocketServer(port=port, queue=directory).start()
         assert is_free(port)
         with RawClient(other.url) as client:
             assert queue_event(directory, "e", 1)
