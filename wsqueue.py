@@ -28,11 +28,12 @@ The disk format, a contract with producers in every language:
 Events go out in the order of the first 13 hexadecimal digits that follow a "_" in the name (PHP's uniqid(): seconds
 and microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
-Threads: accept (one; it also answers a handshake whose request is here already), handshake (one for each request
-that is still to come or is refused, and one for each handler while it runs), I/O (one: every open connection is
-parked with it), queue (one daemon), and up to 16 for on_message callbacks, only where there are any. Lock order:
-queue (flock) > the server's lifecycle > registry > connection; an inbox's lock is a leaf. User code runs under no
-lock; nothing is logged under the registry's or a connection's, and sending takes the connection's alone.
+Threads: accept (one; it also answers a handshake whose request is here already), I/O (one: every connection is parked
+with it, from the TLS handshake to the last byte), queue (one daemon), handler (one for each handler while it runs),
+up to 16 for on_message callbacks and 4 for monitoring pages, only while there are any, and standby (one, in place of
+all others, while another process serves the queue). Lock order: queue (flock) > the server's lifecycle > registry >
+connection; those of an inbox and of the totals are leaves. User code runs under no lock; nothing is logged under the
+registry's or a connection's, and sending takes the connection's alone.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
@@ -1910,10 +1911,10 @@ class IOThread:
                     self._waker.clear()
                 else:
                     self._serve(key.data, mask=mask)
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + 1.0
-                for conn in list(self._parked):
-                    conn.tick(time.monotonic())
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + 1.0
+                self._tick(now)
             while self._touched:
                 self._serve(*self._touched.popleft())
         self._selector.close()
@@ -1929,15 +1930,26 @@ class IOThread:
             if mask & selectors.EVENT_READ:
                 conn.read(time.monotonic())
             self._settle(conn)
-        except Exception:  # a bug of ours with one client must not take the others down
-            log.exception("closed %s:%s", *conn.address)
-            conn.abort()
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(conn._sock)
-            self._parked.pop(conn, None)
-            self._greeting.pop(conn, None)
-            self.registry.discard(conn)
-            conn.dispose()
+        except Exception:
+            self._drop(conn)
+
+    def _tick(self, now: float) -> None:
+        for conn in list(self._parked):
+            try:
+                conn.tick(now)  # what it changes, it has settled through refresh()
+            except Exception:
+                self._drop(conn)
+
+    def _drop(self, conn: Connection) -> None:
+        """A bug of ours with one client must not take the others down."""
+        log.error("closed %s:%s", *conn.address, exc_info=True)
+        conn.abort()
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(conn._sock)
+        self._parked.pop(conn, None)
+        self._greeting.pop(conn, None)
+        self.registry.discard(conn)
+        conn.dispose()
 
     def _welcome(self, conn: Connection) -> None:
         self._parked[conn] = 0
@@ -2321,6 +2333,8 @@ class WebSocketServer:
         with self._lifecycle:
             if self._state in ("running", "stopping"):
                 raise ServerError("the server runs already")
+            if self._state == "standby" and threading.current_thread() is not self._standby:
+                raise ServerError("the server stands by already, for the one that serves the queue to go")
             self._prepare()
             self._state = "running"
             for thread in self._threads:
