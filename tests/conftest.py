@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from autobahn import find_python27
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually
 
 # Whatever else is installed under the name, the file that is tested is the one next to this directory.
@@ -63,6 +64,12 @@ def pytest_runtest_makereport():
 def pytest_make_collect_report():
     """For whole files: importorskip, and skip with allow_module_level."""
     return _fail_if_skipped((yield))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What is left out for want of a Python that hardly any machine has is no skip, but is not kept quiet, either."""
+    if find_python27() is None:
+        terminalreporter.write_line("Autobahn|Testsuite was not run: no CPython 2.7 was found (see tests/autobahn.py)")
 
 
 # ---- Nothing is left behind --------------------------------------------------------------------------------
