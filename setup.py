@@ -39,6 +39,9 @@ setup(
             "websockets",  # two clients that know nothing of us, nor of each other
             "websocket-client",
             "selenium",  # drives a real browser
+            "gunicorn",  # a preforking server, whose workers each start ours
+            "prometheus-client",  # parses what /metrics says
+            "trustme",  # certificates for an hour
             "ruff",
             "mypy",
             "setuptools>=70.1",  # tests/test_packaging.py builds with it; 70.1 makes wheels by itself

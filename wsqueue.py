@@ -1910,46 +1910,40 @@ class IOThread:
                 if key.data is None:
                     self._waker.clear()
                 else:
-                    self._serve(key.data, mask=mask)
+                    self._guarded(self._serve, key.data, None, mask)
             now = time.monotonic()
             if now >= next_tick:
                 next_tick = now + 1.0
-                self._tick(now)
+                for conn in list(self._parked):
+                    self._guarded(Connection.tick, conn, now)  # what it changes, it has settled through refresh()
             while self._touched:
-                self._serve(*self._touched.popleft())
+                self._guarded(self._serve, *self._touched.popleft())
         self._selector.close()
         self._waker.close()
 
-    def _serve(self, conn: Connection, rest: bytes | None = None, mask: int = 0) -> None:
-        try:
-            if rest is not None:  # it is new here
-                self._welcome(conn)
-                conn.receive(rest)
-            if mask & selectors.EVENT_WRITE:
-                conn.flush()
-            if mask & selectors.EVENT_READ:
-                conn.read(time.monotonic())
-            self._settle(conn)
-        except Exception:
-            self._drop(conn)
-
-    def _tick(self, now: float) -> None:
-        for conn in list(self._parked):
-            try:
-                conn.tick(now)  # what it changes, it has settled through refresh()
-            except Exception:
-                self._drop(conn)
-
-    def _drop(self, conn: Connection) -> None:
+    def _guarded(self, step: Callable[..., None], conn: Connection, *args: Any) -> None:
         """A bug of ours with one client must not take the others down."""
-        log.error("closed %s:%s", *conn.address, exc_info=True)
-        conn.abort()
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(conn._sock)
-        self._parked.pop(conn, None)
-        self._greeting.pop(conn, None)
-        self.registry.discard(conn)
-        conn.dispose()
+        try:
+            step(conn, *args)
+        except Exception:
+            log.exception("closed %s:%s", *conn.address)
+            conn.abort()
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(conn._sock)
+            self._parked.pop(conn, None)
+            self._greeting.pop(conn, None)
+            self.registry.discard(conn)
+            conn.dispose()
+
+    def _serve(self, conn: Connection, rest: bytes | None, mask: int = 0) -> None:
+        if rest is not None:  # it is new here
+            self._welcome(conn)
+            conn.receive(rest)
+        if mask & selectors.EVENT_WRITE:
+            conn.flush()
+        if mask & selectors.EVENT_READ:
+            conn.read(time.monotonic())
+        self._settle(conn)
 
     def _welcome(self, conn: Connection) -> None:
         self._parked[conn] = 0
@@ -2589,7 +2583,7 @@ class WebSocketServer:
     def _health(self) -> bytes:
         backlog, trouble = self._state_of_queue()
         facts = {"status": "trouble" if trouble else "ok", "clients": len(self.registry), "backlog": backlog.waiting,
-                 "oldest": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
+                 "oldest_seconds": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
         status = "503 Service Unavailable" if trouble else "200 OK"
         return encode_response(status, encode_json(facts, "health") + b"\n", "application/json")
 

@@ -166,13 +166,12 @@ def matches(case: str, patterns: Sequence[str]) -> bool:
 def serve() -> None:
     """Echo every message until the standard input ends, which it does at the latest with whoever started this."""
     sys.path.insert(0, str(ROOT))
-    from wsqueue import SETTINGS, WebSocketServer
+    from wsqueue import WebSocketServer
 
-    # Section 9 sends messages of 16 MiB, and does not read the echo before all is sent.
-    settings = {"max_message_bytes": 32 * MIB, "outbox_bytes": 64 * MIB, "ping_interval": 0}
-    if any(setting.name == "deflate_min_bytes" for setting in SETTINGS):
-        settings["deflate_min_bytes"] = 0  # sections 12 and 13 are to see our compression, not only their own
-    server = WebSocketServer(host="127.0.0.1", port=0, **settings)
+    # Section 9 sends messages of 16 MiB, and does not read the echo before all is sent; sections 12 and 13 are to see
+    # our compression, and not only their own.
+    server = WebSocketServer(host="127.0.0.1", port=0, max_message_bytes=32 * MIB, outbox_bytes=64 * MIB,
+                             ping_interval=0, deflate_min_bytes=0)
     server.on_message("/", lambda conn, message: conn.send(message))
     server.start(background=True)
     print("listening on", server.url, flush=True)

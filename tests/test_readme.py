@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -194,8 +195,8 @@ def reserved_port():
 
 
 @contextmanager
-def client(port, path, process=None):
-    """A client of a server that is about to listen."""
+def client(port, path, process=None, **tls):
+    """A client of a server that is about to listen; ssl= makes it one of wss://."""
 
     def listens():
         assert process is None or process.poll() is None, Path("err").read_text("utf-8")
@@ -203,7 +204,7 @@ def client(port, path, process=None):
             return sock.connect_ex(("127.0.0.1", int(port))) == 0
 
     eventually(listens, 30.0, f"a server at port {port}")
-    with connect(f"ws://127.0.0.1:{port}{path}") as connection:
+    with connect(f"{'wss' if tls else 'ws'}://127.0.0.1:{port}{path}", **tls) as connection:
         yield connection
 
 
@@ -389,6 +390,54 @@ def embedded(block, request):
         finally:
             process.kill()
             process.communicate()
+
+
+@role
+def preforked(block, request):
+    """Under gunicorn, as its comment says, a request to any worker reaches a client, also when the server has died."""
+    command = re.search(r"# app\.py, run by: gunicorn (.*)\n", block.code)[1].split()
+    program = f"import sys\nfrom gunicorn.app.wsgiapp import run\nsys.argv[1:] = {['-b', 'unix:http.sock', *command]}\n"
+    with reserved_port() as port:
+        Path("app.py").write_text(block.code.replace(PORT, port), "utf-8")
+        with started(block, program + "run()\n") as process:
+            with client(port, "/", process) as connection:
+                assert visit("/one") == {"queued": True}
+                assert receive(connection) == ("page_visited", {"path": "/one"})
+                os.kill(int(wsqueue.serving_process("ws_queue")), signal.SIGKILL)
+                with pytest.raises(ConnectionClosed):
+                    connection.recv(timeout=10 * TIME_UNIT)
+            with client(port, "/", process) as connection:
+                assert visit("/two") == {"queued": True}
+                assert receive(connection) == ("page_visited", {"path": "/two"})
+
+
+def visit(path):
+    """GET a path of the application; its socket is a file, so that no port has to be free."""
+    done = subprocess.run(["curl", "-s", "--unix-socket", "http.sock", f"http://localhost{path}"], check=True,
+                          capture_output=True, timeout=30 * TIME_UNIT)
+    return json.loads(done.stdout)
+
+
+@role
+def tls(block, request):
+    """The commands make a certificate and serve with it; a client that trusts it gets events."""
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        eventually(lambda: "listening on wss://" in Path("out").read_text("utf-8"), 30.0, "the server")
+        trusting = ssl.create_default_context(cafile="cert.pem")
+        with client(port, "/", process, ssl=trusting) as connection:
+            wsqueue.queue_event("ws_queue", "hello")
+            assert receive(connection) == ("hello", None)
+
+
+@role
+def monitoring(block, request):
+    """Both requests are answered; the fields and the totals are those that the page names."""
+    with spawn_server("--queue", "ws_queue") as server:
+        health, _, metrics = run(block, block.code.replace(PORT, str(server.port))).partition("\n")
+    assert json.loads(health)["status"] == "ok"
+    described = re.search(r"^`/healthz` is JSON: (.*?)\. `/metrics`", PROSE, re.MULTILINE | re.DOTALL)[1]
+    assert set(json.loads(health)) == set(re.findall(r"`(\w+)`", described)) - {"ok"}
+    assert {"wsqueue_events_total", "wsqueue_refused_total", "wsqueue_closed_total"} <= set(metrics.split())
 
 
 @role
