@@ -86,7 +86,7 @@ TICK_BYTES = 256 * KIB    # events joined into one write: larger adds memory, no
 READ_BYTES = 64 * KIB     # one recv
 HEAD_BYTES = 16 * KIB     # an HTTP request head; browsers send under 1 KiB, cookies can make it 8
 HALF_OPEN = 4096          # connections still in the handshake; beyond it the oldest makes room
-IDLE_FRAMES = 1000        # a second: pings, pongs, and messages that nobody consumes; more is a flood
+IDLE_FRAMES = 1000        # a second, of 16 KiB: pings, pongs, and messages that nobody consumes; more is a flood
 HOLD_TICKS = 2            # polls that a batch waits for a file which is still being written, or stamped ahead
 GIVE_UP_SECONDS = 2.0     # a file that does not parse and does not change for so long is broken, not unfinished
 SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary files are removed
@@ -1546,13 +1546,13 @@ class Connection:
     def refuse(self, error: HandshakeError) -> None:
         body = f"{error}\n".encode("utf-8", "replace")
         if self.wind_down(LINGERING, encode_response(error.status, body, **error.headers)):
-            self._host.totals.add(f'refused{{status="{error.status[:3]}"}}')
+            self._host.totals.add(f'refused_total{{status="{error.status[:3]}"}}')
             log.info("refused %s:%s: %s %s", *self.address, error.status, error)
 
     def give_up(self, kind: str, why: str) -> None:
         """Close a client that does not keep up; should it read on, it learns why."""
         if self.wind_down(CLOSING, encode_close(TRY_AGAIN_LATER, f"too slow: {why}")):
-            self._host.totals.add(f'closed{{reason="{kind}"}}')
+            self._host.totals.add(f'closed_total{{reason="{kind}"}}')
             log.warning("closed %s:%s on %r: %s", *self.address, self.path, why)
 
     def abort(self) -> bool:
@@ -1617,22 +1617,20 @@ class Connection:
 
     def _punish(self, error: ProtocolError) -> None:
         log.info("%s:%s broke the protocol: %s", *self.address, error)
-        self._host.totals.add(f'closed{{reason="{error.code}"}}')
+        self._host.totals.add(f'closed_total{{reason="{error.code}"}}')
         self._say_last(encode_close(error.code, str(error)))
 
     def _on_message(self, message: Message) -> None:
         if self._state == OPEN and not self._host.deliver(self, message):
-            self._count_idle_frame()
+            self._on_idle_frame(message)
 
     def _on_ping(self, payload: bytes) -> None:
-        self._count_idle_frame()
+        self._on_idle_frame(payload)
         self.send_frames(encode_frame(PONG, payload))
 
-    def _on_pong(self, payload: bytes) -> None:
-        self._count_idle_frame()  # read() has noted that the client is alive
-
-    def _count_idle_frame(self) -> None:
-        self._idle_frames += 1
+    def _on_idle_frame(self, payload: Message) -> None:
+        """Also a pong: read() has noted that the client is alive."""
+        self._idle_frames += 1 + len(payload) // (16 * KIB)
         if self._idle_frames > IDLE_FRAMES:
             raise ProtocolError(POLICY_VIOLATION, f"more than {IDLE_FRAMES} frames a second that nobody asked for")
 
@@ -1640,7 +1638,7 @@ class Connection:
         self._say_last(encode_close(payload[0]))  # section 5.5.1: echo the code
 
     _ON_FRAME: ClassVar[dict[int, Callable[[Any, Any], Any]]] = {
-        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, PONG: _on_pong, CLOSE: _on_close}
+        TEXT: _on_message, BINARY: _on_message, PING: _on_ping, PONG: _on_idle_frame, CLOSE: _on_close}
 
     def _say_last(self, frame: bytes) -> None:
         """Close, but not before callbacks have answered what the client said before (or tick() loses its patience)."""
@@ -1678,7 +1676,7 @@ class Connection:
         settings = self._host.settings
         if self._pinged_at:
             if now - self._pinged_at > settings.ping_timeout and self.abort():
-                self._host.totals.add('closed{reason="ping_timeout"}')
+                self._host.totals.add('closed_total{reason="ping_timeout"}')
                 log.warning("closed %s:%s on %r: no answer to a ping for %g s (ping_timeout)", *self.address, self.path,
                             settings.ping_timeout)
         elif settings.ping_interval and now - self._heard_at > settings.ping_interval:
@@ -1811,7 +1809,7 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _totals
-        self._totals: dict[str, int] = {}
+        self._totals = {"events_total": 0, "deliveries_total": 0, "connections_total": 0}
 
     def add(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -2182,7 +2180,7 @@ _METRICS = {
     "clients": ("gauge", "WebSocket clients that are connected."),
     "backlog_events": ("gauge", "Event files that wait in the queue."),
     "backlog_oldest_seconds": ("gauge", "Age of the oldest of them."),
-    "failed_files": ("gauge", "Files in failed/."),
+    "failed_files": ("gauge", "Files that were set aside in failed/."),
     "events_total": ("counter", "Events that were sent."),
     "deliveries_total": ("counter", "Events that were sent, times the clients that each was sent to."),
     "connections_total": ("counter", "WebSocket clients that have connected."),
@@ -2192,14 +2190,11 @@ _METRICS = {
 
 
 def metrics_text(samples: Mapping[str, float]) -> bytes:
-    """Samples by name and label, without prefix and suffix: {'refused{status="403"}': 1}."""
+    """Samples by name and label: {'refused_total{status="403"}': 1}."""
     lines = []
     for name, (kind, text) in _METRICS.items():
-        stem = name[:-6] if kind == "counter" else name
         lines += [f"# HELP wsqueue_{name} {text}", f"# TYPE wsqueue_{name} {kind}"]
-        found = {sample[len(stem):]: value for sample, value in samples.items() if sample.partition("{")[0] == stem}
-        lines += [f"wsqueue_{name}{label} {value:g}" if value < 1e6 else f"wsqueue_{name}{label} {value:.0f}"
-                  for label, value in (found or {"": 0} if kind == "counter" else found).items()]
+        lines += [f"wsqueue_{sample} {value}" for sample, value in samples.items() if sample.partition("{")[0] == name]
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -2315,7 +2310,7 @@ class WebSocketServer:
             while not self._stopped.is_set() and number not in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(Empty):  # a signal that comes just before we fall asleep wakes nobody
                     number = self._signals.get(timeout=1.0)
-                    log.info("received %s", signal.Signals(number).name if number else "stop()")
+                    log.info("stopping" if number != signal.SIGHUP else "reading the certificate again")
                     if number == signal.SIGHUP:
                         self.reload_certificates()
         finally:
@@ -2339,16 +2334,17 @@ class WebSocketServer:
         self._tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
         self._queue = self._open_queue() if settings.queue else None  # before the port, which its holder has, too
         try:
-            self._listener = _listen(settings.host, settings.port)
+            listener = _listen(settings.host, settings.port)
         except BaseException:
             if self._queue:
                 self._queue.close()
             raise
+        self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
+        self._listener = listener
         self._listener.core = self
         self._stopped.clear()
         self._stopping.clear()
         self._signals = SimpleQueue()
-        self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
         self._threads = [self._io.thread, threading.Thread(
             target=self._listener.serve_forever, args=(2.0,), name="wsqueue-accept", daemon=True)]
         if self._queue:
@@ -2440,7 +2436,7 @@ class WebSocketServer:
         """Read tls_cert and tls_key again, for connections from now on; what cannot be read is logged, and not used."""
         try:
             self._tls = tls_context(self._settings.tls_cert, self._settings.tls_key)
-            log.info("read the certificate %s again", self._settings.tls_cert)
+            log.info("the certificate is now that of %s", self._settings.tls_cert)
         except SettingError as error:
             log.error("still using the old certificate: %s", error)
 
@@ -2490,7 +2486,7 @@ class WebSocketServer:
             conn.dispose()
 
     def _answer(self, conn: Connection, request: Request) -> None:
-        """Park the connection, and run its route's handler; or say what is wrong with the request: HandshakeError."""
+        """A monitoring page for who asks for one; else let the client in. Raises HandshakeError."""
         settings = self._settings
         page = self._page(request)
         if page:
@@ -2522,7 +2518,7 @@ class WebSocketServer:
             conn.open(path, response, window)
             self.registry.add(conn, (path,))
         conn.flush()
-        self._totals.add("connections")
+        self._totals.add("connections_total")
         if handler:
             try:
                 self._spawn(self._run_handler, conn, handler)
@@ -2590,7 +2586,7 @@ class WebSocketServer:
     def _metrics(self) -> bytes:
         backlog = self._state_of_queue()[0]
         samples = {**self._totals.all(), "clients": len(self.registry), "backlog_events": backlog.waiting,
-                   "backlog_oldest_seconds": backlog.oldest, "failed_files": backlog.failed}
+                   "backlog_oldest_seconds": round(backlog.oldest, 3), "failed_files": backlog.failed}
         return encode_response("200 OK", metrics_text(samples), "text/plain; version=0.0.4; charset=utf-8")
 
     # Events: the queue thread, and whoever calls broadcast().
@@ -2624,8 +2620,8 @@ class WebSocketServer:
             for window, members in _by_window(audience, max(map(len, texts)) >= least):
                 data = b"".join([encode_message(TEXT, text, window, least) for text in texts])
                 late.update(send_to_all(members, data))
-            self._totals.add("events", len(texts))
-            self._totals.add("deliveries", len(texts) * len(audience))
+            self._totals.add("events_total", len(texts))
+            self._totals.add("deliveries_total", len(texts) * len(audience))
         return late
 
     def _pace(self, late: set[Connection], more: bool) -> None:

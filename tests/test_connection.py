@@ -396,7 +396,7 @@ def test_a_message_without_a_callback_is_not_kept():
     with serving({"/returns": lambda conn: conn.send("done")}) as server:
         with RawClient(server.url) as plain, RawClient(server.url, "/returns") as handled:
             assert handled.recv() == "done"
-            eventually(lambda: not any(t.name.startswith("wsqueue-handshake") for t in threading.enumerate()))
+            eventually(lambda: not any(t.name.startswith("wsqueue-handler") for t in threading.enumerate()))
             tracemalloc.start()
             try:
                 for client in (plain, handled):
