@@ -1108,24 +1108,21 @@ def encode_message(opcode: int, payload: bytes, window_bits: int = 0, least: int
 
 
 class _Inflater:
-    """Decompresses one message, in pieces, up to a limit."""
+    """Decompresses one message, in pieces."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self) -> None:
         import zlib
 
-        self._zlib, self._left, self._stream = zlib, max_bytes, zlib.decompressobj(-15)
+        self._zlib, self._stream = zlib, zlib.decompressobj(-15)
 
-    def inflate(self, piece: bytes) -> bytes:
+    def inflate(self, piece: bytes, most: int) -> bytes:
+        """The next bytes, `most` of them at most; there may then be more, and the message is of no use."""
         if self._stream.eof:  # a final block may end the stream early (section 7.2.3.4); zlib would keep what follows
             return b""
         try:
-            inflated = self._stream.decompress(piece, self._left + 1)  # 0 would be no limit
+            return self._stream.decompress(piece, most)
         except self._zlib.error:
             raise ProtocolError(INVALID_DATA, "compressed data is damaged") from None
-        self._left -= len(inflated)
-        if self._left < 0:
-            raise ProtocolError(TOO_BIG, "a compressed message that inflates beyond the limit")
-        return inflated
 
 
 class FrameParser:
@@ -1148,7 +1145,7 @@ class FrameParser:
 
     def _begin_message(self, opcode: int, compressed: bool = False) -> None:
         self._opcode = opcode  # of the message in hand; CONTINUATION: there is none
-        self._inflater = _Inflater(self._max_bytes) if compressed else None
+        self._inflater = _Inflater() if compressed else None
         self._message = bytearray()  # what has come of it
         self._announced = 0  # bytes of payload in its frames so far
         self._utf8: Any = None  # knows what of the text has been checked
@@ -1165,19 +1162,18 @@ class FrameParser:
         while self._left >= 0 or self._read_head():
             if self._first & _CONTROL:
                 if len(self._buffer) < self._left:
-                    break
+                    return
                 opcode, payload = self._first & _OPCODE, self._take()
                 yield opcode, decode_close(payload) if opcode == CLOSE else payload
             else:
                 payload = self._take()
-                self._message += self._inflater.inflate(payload) if self._inflater else payload
+                last = not self._left and self._first & _FIN
+                self._extend_message(payload, not last)
                 if self._left:
-                    break
-                if self._first & _FIN:
+                    return
+                if last:
                     yield self._finish_message()
             self._left = -1
-        if self._opcode == TEXT:
-            self._check_utf8()
 
     def _take(self) -> bytes:
         """What is here of the frame's payload, unmasked and taken off the buffer."""
@@ -1190,9 +1186,19 @@ class FrameParser:
             self._mask = self._mask[size % 4:] + self._mask[:size % 4]
         return payload
 
+    def _extend_message(self, payload: bytes, more: bool) -> None:
+        if self._inflater:  # 0 would be no limit
+            payload = self._inflater.inflate(payload, self._max_bytes + 1 - len(self._message))
+        self._message += payload
+        too_big = len(self._message) > self._max_bytes
+        if self._opcode == TEXT and (more or too_big):
+            self._check_utf8()
+        if too_big:
+            raise ProtocolError(TOO_BIG, f"a compressed message of more than {self._max_bytes} bytes")
+
     def _finish_message(self) -> tuple[int, Message]:
         if self._inflater:
-            self._message += self._inflater.inflate(_EMPTY_BLOCK)
+            self._extend_message(_EMPTY_BLOCK, False)
         opcode, message = self._opcode, self._message
         self._begin_message(CONTINUATION)
         return opcode, _decode_text(message) if opcode == TEXT else bytes(message)
