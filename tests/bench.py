@@ -8,14 +8,17 @@
     python tests/bench.py connect     opening 5,000 connections
     python tests/bench.py publish     the producer's side: queue_event, queue_events, import
     python tests/bench.py idle        processor time with 1,000 clients and nothing to send
-    python tests/bench.py stall       what one client that stops reading does to the others
+    python tests/bench.py deflate     what compression costs and saves, with 1,000 clients
+    python tests/bench.py threshold   from what size on an event is worth compressing
+    python tests/bench.py stall       what 20 clients that stop reading do to the 480 others
+    python tests/bench.py flood       what one hostile client does to 100 others
     python tests/bench.py all         every one of them
 
-`--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events`,
-`--rounds` and `--seconds` replace the sizes in SIZES. Needs websockets and websocket-server from PyPI, and a
-C compiler for the load client (bench_load.c), which runs in its own process and counts messages without
-looking at them. Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
-comes twice or out of order, or a client is disconnected, the run ends with an error instead of figures.
+`--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
+the like replace the sizes in SIZES. Needs websockets and websocket-server from PyPI, and a C compiler for the
+load client (bench_load.c), which runs in its own process and counts messages without looking at them.
+Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
+comes twice or out of order, or a client that reads is disconnected, the run ends with an error instead of figures.
 """
 
 import argparse
@@ -32,6 +35,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -42,8 +46,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -57,7 +62,10 @@ SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
     "connect": {"clients": (5_000, 50), "rounds": (5, 1)},
     "publish": {"events": (500, 50), "rounds": (20, 2)},
     "idle": {"clients": (1_000, 20), "seconds": (30, 1)},
-    "stall": {"clients": (200, 10), "seconds": (10, 2), "rounds": (5, 1)},
+    "deflate": {"clients": (1_000, 20), "rounds": (60, 3)},
+    "threshold": {"events": (20, 4), "rounds": (100, 3)},
+    "stall": {"clients": (500, 10), "stalled": (20, 2), "seconds": (10, 2), "rounds": (5, 1)},
+    "flood": {"clients": (100, 10), "silent": (2_000, 50), "seconds": (5, 1), "rounds": (5, 1)},
 }
 Events = List[Tuple[str, Dict[str, Any]]]
 Span = Tuple[int, int]  # start and end, nanoseconds
@@ -95,13 +103,45 @@ def print_table(heading: str, rows: List[List[str]]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
-def make_events(count: int, size: int) -> Events:
-    """Numbered events, each about `size` bytes of JSON when a client receives it."""
-    return [("bench", {"n": n, "pad": "x" * max(0, size - 70)}) for n in range(count)]
-
-
 def text_of(event: str, payload: Any) -> str:
-    return json.dumps({"event": event, "payload": payload, "timestamp": int(time.time())})
+    message = {"event": event, "payload": payload, "timestamp": int(time.time())}
+    return json.dumps(message, separators=(",", ":"))
+
+
+def make_events(count: int, size: int, first: int = 0) -> Events:
+    """Numbered events, each about `size` bytes of JSON when a client receives it."""
+    return [("bench", {"n": n, "pad": "x" * max(0, size - 70)}) for n in range(first, first + count)]
+
+
+NAMES = ("Ada Byrne", "Boris Chen", "Carla Okafor", "Dmitri Sand", "Elif Novak", "Farid Holm", "Grace Imai", "Hugo Lee")
+CITIES = ("Bergen", "Cork", "Dakar", "Graz", "Leeds", "Lima", "Osaka", "Turin")
+
+
+def make_order(pick: random.Random) -> Dict[str, Any]:
+    items = [{"sku": f"{pick.choice('ABCD')}{pick.randrange(10_000)}", "count": pick.randint(1, 9),
+              "price": pick.randrange(100, 20_000) / 100} for _ in range(pick.randint(1, 3))]
+    return {"id": pick.randrange(10**6), "name": pick.choice(NAMES), "city": pick.choice(CITIES),
+            "status": pick.choice(("open", "paid", "sent")), "items": items}
+
+
+def make_record(seed: int, size: int) -> Tuple[str, Dict[str, Any]]:
+    """An event as a shop would send it, of `size` bytes when a client receives it (64 are the least)."""
+    pick, orders = random.Random(seed), []  # the same for every side
+    payload: Dict[str, Any] = {"by": ""}
+    while len(text_of("paid", payload)) <= size:
+        orders.append(make_order(pick))
+        payload["orders"] = orders
+    payload = {"by": "", "orders": orders[:-1]} if orders[1:] else {"by": ""}
+    names = ", ".join(pick.choice(NAMES) for _ in range(size // 8))
+    return "paid", {**payload, "by": names[:size - len(text_of("paid", payload))]}
+
+
+def make_records(count: int, size: int, first: int = 0) -> Events:
+    """Events that compress as real ones do: nested records with the same keys again, names, numbers."""
+    return [make_record(seed, size) for seed in range(first, first + count)]
+
+
+MAKERS: Dict[str, Callable[[int, int, int], Events]] = {"pad": make_events, "records": make_records}
 
 
 # ---- The sides -------------------------------------------------------------------------------------------
@@ -111,6 +151,7 @@ def text_of(event: str, payload: Any) -> str:
 class Side:
     label: str
     url: str
+    deflates = False  # if the client offers it
     send: Callable[[str, Any], Any]
 
     def broadcast(self, events: Events) -> Span:
@@ -123,12 +164,21 @@ class Side:
 
 class Ours(Side):
     label = "wsqueue"
+    settings: ClassVar[Dict[str, Any]] = {}
 
     def __init__(self) -> None:
         from wsqueue import WebSocketServer
-        self.server = WebSocketServer().host("127.0.0.1").port(0)
+        self.server = WebSocketServer(**self.settings).host("127.0.0.1").port(0)
         self.server.start(background=True)
         self.url, self.send = self.server.url, self.server.broadcast
+
+
+class OursPlain(Ours):
+    label, settings = "wsqueue, deflate=False", {"deflate": False}
+
+
+class OursDeflate(Ours):
+    label, settings, deflates = "wsqueue, deflate=True", {"deflate": True}, True
 
 
 class Floor(Side):
@@ -175,6 +225,7 @@ class Stock(Side):
 
 class Websockets(Side):
     label = "websockets, asyncio"
+    compression: Optional[str] = None  # the others do not compress
 
     def __init__(self) -> None:
         self.clients: Any = set()
@@ -184,7 +235,7 @@ class Websockets(Side):
 
     async def _listen(self) -> str:
         from websockets.asyncio.server import serve
-        self.server = await serve(self._stay, "127.0.0.1", 0, compression=None)  # the others do not compress
+        self.server = await serve(self._stay, "127.0.0.1", 0, compression=self.compression)
         return f"ws://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
 
     async def _stay(self, client: Any) -> None:
@@ -204,15 +255,27 @@ class Websockets(Side):
         return start, now()
 
 
+class WebsocketsDeflate(Websockets):
+    """Its broadcast() compresses once for every client, because each has a window of its own."""
+
+    label, compression, deflates = "websockets, deflate", "deflate", True
+
+
 SIDES: Tuple[Type[Side], ...] = (Floor, Ours, Websockets, Stock)
+DEFLATE_SIDES: Tuple[Type[Side], ...] = (OursPlain, OursDeflate, WebsocketsDeflate)
 
 
 def run_side(name: str) -> None:
-    side = next(side for side in SIDES if side.__name__ == name)()
+    side = next(side for side in SIDES + DEFLATE_SIDES if side.__name__ == name)()
     print("listening on", side.url, flush=True)
+    events: Events = []
     for line in sys.stdin:
-        count, size = map(int, line.split())
-        print(*side.broadcast(make_events(count, size)), flush=True)
+        if line == "send\n":
+            print(*side.broadcast(events), flush=True)
+        else:
+            kind, *numbers = line.split()
+            events = MAKERS[kind](*map(int, numbers))
+            print("made", flush=True)
 
 
 # ---- Processes that this one starts, commands and ends ---------------------------------------------------
@@ -261,8 +324,8 @@ class Child:
         return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """User and system time of all its threads, in nanoseconds where /proc/PID/stat has ticks of 10 ms."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3), which Python has for threads alone
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -280,9 +343,17 @@ class Server(Child):
             self.end()
             raise
 
-    def broadcast(self, count: int, size: int = 200) -> Span:
-        start, end = self.ask(count, size, timeout=600)
+    def make(self, count: int, size: int, kind: str = "pad", first: int = 0) -> None:
+        """Have the events ready that send() will send, so that it is only sending that is measured."""
+        self.ask(kind, count, size, first)
+
+    def send(self) -> Span:
+        start, end = self.ask("send", timeout=600)
         return int(start), int(end)
+
+    def broadcast(self, count: int, size: int = 200) -> Span:
+        self.make(count, size)
+        return self.send()
 
 
 class DirectoryServer(Server):
@@ -315,16 +386,22 @@ class Load(Child):
     def __init__(self, program: Path, result_file: Path) -> None:
         super().__init__(program)
         self.result_file = result_file
-        self.clients = self.messages = self.delivered = 0
+        self.clients = self.messages = self.delivered = self.bytes = 0
 
-    def connect(self, server: Server, clients: int) -> float:
-        """Open so many connections; return the seconds it took."""
+    def connect(self, server: Server, clients: int, agreed: Optional[int] = None) -> float:
+        """Open so many connections; return the seconds it took.
+
+        agreed: offer permessage-deflate, which so many must be granted.
+        """
         # The stock server's backlog is 5: more at once would wait for lost SYNs to be sent again.
         at_once = 4 if server.label == Stock.label else 64
-        answer = self.ask("connect", server.port, clients, at_once, "/", timeout=300)
-        opened, failed, start, end = map(int, answer)
+        offer = int(agreed is not None)
+        answer = self.ask("connect", server.port, clients, at_once, offer, "/", timeout=300)
+        opened, failed, start, end, deflating = map(int, answer)
         if opened != clients:
             raise Wrong(f"{server.label}: {failed} of {clients} clients could not connect")
+        if deflating != (agreed or 0):
+            raise Wrong(f"{server.label}: {deflating} of {clients} clients have permessage-deflate")
         self.clients += clients
         return (end - start) / 1e9
 
@@ -338,13 +415,14 @@ class Load(Child):
     def finish(self, timeout: float = 60) -> Sequence[int]:
         """Wait until every client has every message; return when each came, or only each client's last."""
         try:
-            complete, connected, alike = self.read_line(timeout)
+            complete, connected, alike, size = self.read_line(timeout)
         except TimeoutError:
-            complete, connected, alike = self.ask("stop")
+            complete, connected, alike, size = self.ask("stop")
         if [complete, connected, alike] != [str(self.clients), str(self.clients), "1"]:
             raise Wrong(f"{complete} of {self.clients} clients got all {self.messages} messages, {connected} "
                         f"are still connected, all got the same: {alike == '1'}")
         self.delivered += self.clients * self.messages
+        self.bytes = int(size)
         return array.array("q", self.result_file.read_bytes())
 
     def texts(self) -> List[bytes]:
@@ -361,6 +439,7 @@ class Run:
     def __init__(self, sizes: Dict[str, int]) -> None:
         self.clients, self.events = sizes.get("clients", 0), sizes.get("events", 0)
         self.rounds, self.seconds = sizes.get("rounds", 1), sizes.get("seconds", 0)
+        self.stalled, self.silent = sizes.get("stalled", 0), sizes.get("silent", 0)
         self.children: List[Child] = []
         self.numbers = itertools.count()
         self.directory = Path(tempfile.mkdtemp(prefix="wsqueue-bench-"))
@@ -393,9 +472,9 @@ class Run:
             subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
         return self.keep(Load(program, self.directory / f"times{next(self.numbers)}"))
 
-    def audience(self, server: Server, clients: int) -> Load:
+    def audience(self, server: Server, clients: int, agreed: Optional[int] = None) -> Load:
         load = self.load()
-        load.connect(server, clients)
+        load.connect(server, clients, agreed)
         time.sleep(0.3)  # the server's side of the last handshake
         return load
 
@@ -670,49 +749,161 @@ def publish(run: Run) -> None:
     print_table("what | median, µs | p99, µs | ÷ the next row", list(rows.values()))
 
 
+# ---- deflate and threshold -------------------------------------------------------------------------------
+
+RECORD_BYTES = (4096, 1024)
+
+
+def check_inflates(server: Server, side: Type[Side]) -> None:
+    """Prove with a client that inflates that the others get the events. Inflating takes time, so this is not timed."""
+    from websockets.sync.client import connect
+    with connect(f"ws://127.0.0.1:{server.port}") as client:
+        if bool(client.protocol.extensions) != side.deflates:
+            raise Wrong(f"{server.label}: agreed on the extensions {client.protocol.extensions}")
+        time.sleep(0.3)  # the server's side of the handshake
+        for size in RECORD_BYTES:
+            server.make(2, size, "records")
+            server.send()
+            messages = [json.loads(client.recv(10)) for _ in range(2)]
+            if [(message["event"], message["payload"]) for message in messages] != make_records(2, size):
+                raise Wrong(f"{server.label}: what came is not what was sent")
+
+
+def send_record(server: Server, load: Load, size: int, number: int) -> Tuple[float, float, float]:
+    """Send one; return bytes per client, the server's processor time, and when the last client had it."""
+    server.make(1, size, "records", number)
+    time.sleep(0.005)
+    load.expect(1, spin=True)
+    before = server.cpu_seconds()
+    start, _ = server.send()
+    last = max(load.finish())
+    return load.bytes / load.clients, 1e9 * (server.cpu_seconds() - before), last - start
+
+
+def deflate(run: Run) -> None:
+    servers = {side: run.side(side) for side in DEFLATE_SIDES}
+    for side, server in servers.items():
+        check_inflates(server, side)
+    loads = {side: run.audience(server, run.clients, run.clients * side.deflates) for side, server in servers.items()}
+    taken: Dict[Any, List[Tuple[float, float, float]]] = {}
+    for number, size, side in itertools.product(range(run.rounds), RECORD_BYTES, DEFLATE_SIDES):
+        taken.setdefault((size, side), []).append(send_record(servers[side], loads[side], size, number))
+    rows = []
+    for (size, side), rounds in taken.items():
+        each, cpu, last = zip(*rounds)
+        plain_each, plain_cpu, _ = map(statistics.median, zip(*taken[size, OursPlain]))
+        share, ratio = statistics.median(each) / plain_each, statistics.median(cpu) / plain_cpu
+        rows.append([str(size), side.label, f"{statistics.median(each):.0f}", f"{share:.2f}", *figures(cpu, 1e6),
+                     f"{ratio:.2f}", *figures(last, 1e6)])
+        if size == 1024 and side is OursDeflate:
+            rows[-1] += verdict("CPU ≤ 1.3", ratio <= 1.3)
+    print(f"One event of nested JSON records to {run.clients} clients that offer permessage-deflate, {run.rounds}\n"
+          "rounds. Bytes per client, the server's processor time, and when the last client has it. Milliseconds.")
+    print_table("JSON | side | bytes | ÷ plain | CPU | p99 | ÷ plain | last | p99", rows)
+
+
+def open_pair() -> Tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sender, listener.accept()[0]
+
+
+def time_send(sender: socket.socket, receiver: socket.socket, data: bytes) -> int:
+    """One send, with nobody to wake."""
+    taken = timed(sender.sendall, data)
+    receiver.recv(len(data), socket.MSG_WAITALL)
+    return taken
+
+
+def time_threshold(sender: socket.socket, receiver: socket.socket, text: bytes) -> Tuple[int, ...]:
+    """Bytes of its frame, plain and deflated; nanoseconds to make the latter and to send each."""
+    from wsqueue import TEXT, encode_message
+    plain, start = encode_message(TEXT, text), now()
+    small = encode_message(TEXT, text, 15)
+    made = now() - start
+    return len(plain), len(small), made, time_send(sender, receiver, plain), time_send(sender, receiver, small)
+
+
+def threshold(run: Run) -> None:
+    from wsqueue import SETTINGS
+    default = next(setting.default for setting in SETTINGS if setting.name == "deflate_min_bytes")
+    texts = {size: [text_of(*record).encode() for record in make_records(run.events, size)]
+             for size in (64, 128, 256, 512, 1024, 4096, 16384)}
+    taken: Dict[int, List[Tuple[int, ...]]] = {size: [] for size in texts}
+    with contextlib.ExitStack() as stack:
+        sender, receiver = map(stack.enter_context, open_pair())
+        for _, size, number in itertools.product(range(run.rounds), texts, range(run.events)):
+            taken[size].append(time_threshold(sender, receiver, texts[size][number]))
+    rows = []
+    for size, rounds in taken.items():
+        columns = list(zip(*rounds))
+        plain, small, made, send, _ = map(statistics.median, columns)
+        cells = [cell for column in columns[2:] for cell in figures(column, 1e3, 1)]
+        rows.append([str(size), f"{plain:.0f}", f"{small:.0f}", f"{small / plain:.2f}", *cells, f"{made / send:.1f}"])
+        if size >= default:
+            rows[-1] += verdict("bytes ≤ 2/3", small <= plain * 2 / 3)
+    print(f"{run.events} events of each size, {run.rounds} rounds; each compressed by itself, one `send` of each.\n"
+          f"Bytes of a frame; microseconds. What is smaller than {default} bytes (deflate_min_bytes) is sent as it is.")
+    print_table("JSON | plain | deflated | ÷ plain | compress | p99 | send plain | p99 | send deflated | p99 | "
+                "compress ÷ send", rows)
+
+
 # ---- stall -----------------------------------------------------------------------------------------------
 
 
-def open_stalled(server: Server) -> socket.socket:
-    """A client that shakes hands and then never reads."""
-    client = socket.create_connection(("127.0.0.1", server.port), 10)
+def shake_hands(port: int) -> socket.socket:
+    """A client that has read no more than that it is welcome."""
+    client = socket.create_connection(("127.0.0.1", port), 10)
     client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
     if client.recv(12) != b"HTTP/1.1 101":
-        raise Wrong("the client that is to stall could not connect")
+        raise Wrong("a client that is to do harm could not connect")
     return client
 
 
-def steady(server: DirectoryServer, count: int, files: int) -> Tuple[List[int], float]:
-    """Queue 200 events a second. Return their times, and when the server was down to `files` open files."""
-    stamps: List[int] = []
-    closed_after = float("inf")
+def queue_steadily(server: Server, count: int, size: int) -> Iterator[int]:
+    """Queue events, 100 a second; yield the time of each."""
     start = time.monotonic()
     for number in range(count):
-        time.sleep(max(0.0, start + number / 200 - time.monotonic()))
-        stamps.append(server.broadcast(1, 4096)[0])
-        if number % 10 == 9 and closed_after == float("inf") and server.open_files() <= files:
-            closed_after = time.monotonic() - start
+        time.sleep(max(0.0, start + number / 100 - time.monotonic()))
+        yield server.broadcast(1, size)[0]
+
+
+def waits_of(load: Load, stamps: List[int]) -> List[int]:
+    """How long after its time each event came to each client."""
+    return [came - stamps[i % len(stamps)] for i, came in enumerate(load.finish())]
+
+
+def queue_until_closed(server: Server, count: int, files: int) -> Tuple[List[int], float]:
+    """Queue events. Return their times, and after how many seconds the server was down to `files` open files."""
+    stamps: List[int] = []
+    closed_after = float("inf")
+    for stamp in queue_steadily(server, count, 4096):
+        stamps.append(stamp)
+        if len(stamps) % 10 == 0 and closed_after == float("inf") and server.open_files() <= files:
+            closed_after = (stamp - stamps[0]) / 1e9
     return stamps, closed_after
 
 
 def stall(run: Run) -> None:
     nobody = "nobody stalls"
-    by_size = ("--outbox-bytes", 2**18, "--send-timeout", 60)
-    by_time = ("--outbox-bytes", 2**26, "--send-timeout", 2)
-    servers = {nobody: run.serve(*by_size), "one stalls, outbox 256 KiB, 60 s": run.serve(*by_size),
-               "one stalls, outbox 64 MiB, 2 s": run.serve(*by_time)}
-    loads = {case: run.audience(server, run.clients) for case, server in servers.items()}
+    # A client that does not read cannot answer a close frame either, and is waited for.
+    by_size = ("--outbox-bytes", 2**18, "--send-timeout", 60, "--close-timeout", 1)
+    by_time = ("--outbox-bytes", 2**26, "--send-timeout", 2, "--close-timeout", 1)
+    servers = {nobody: run.serve(*by_size), f"{run.stalled} stall, outbox 256 KiB, 60 s": run.serve(*by_size),
+               f"{run.stalled} stall, outbox 64 MiB, 2 s": run.serve(*by_time)}
+    readers = run.clients - run.stalled
+    loads = {case: run.audience(server, readers) for case, server in servers.items()}
     taken: Dict[str, List[Tuple[float, float]]] = {case: [] for case in servers}
-    count = run.seconds * 200
     for _, (case, server) in itertools.product(range(run.rounds), servers.items()):
         files = server.open_files()
         with contextlib.ExitStack() as stack:
-            if case != nobody:
-                stack.enter_context(open_stalled(server))
-            loads[case].expect(count, every=True)
-            stamps, closed_after = steady(server, count, files)
-            waits = [came - stamps[i % count] for i, came in enumerate(loads[case].finish())]
+            for _ in range(0 if case == nobody else run.stalled):
+                stack.enter_context(shake_hands(server.port))
+            loads[case].expect(run.seconds * 100, every=True)
+            stamps, closed_after = queue_until_closed(server, run.seconds * 100, files)
+            waits = waits_of(loads[case], stamps)
         taken[case].append((p99(waits), closed_after))
     rows = []
     for case, rounds in taken.items():
@@ -722,15 +913,165 @@ def stall(run: Run) -> None:
         if case != nobody:
             holds = ratio <= 1.5 and closed_after < run.seconds
             rows[-1] += [f"{closed_after:.1f}", *verdict("≤ 1.5, closed", holds)]
-    print(f"200 events/s of 4 KB to {run.clients} clients that read, {run.seconds} s, {run.rounds} rounds:\n"
-          "the p99 of those, and when the one that does not read was closed.")
+    print(f"100 events/s of 4 KB to {readers} clients that read, {run.seconds} s, {run.rounds} rounds:\n"
+          f"the p99 of those, and when all {run.stalled} that do not read were closed.")
     print_table("case | median p99, ms | worst p99, ms | ÷ nobody | closed after, s", rows)
 
 
+# ---- flood -----------------------------------------------------------------------------------------------
+# The hostile client runs in its own process, `bench.py hostile NAME PORT CONNECTIONS`, until a line on its stdin
+# asks what it did.
+
+
+class Hostile:
+    """This one does nothing. It counts frames, and how its connections end: a close code or an HTTP status."""
+
+    label = "nothing"
+
+    def __init__(self, port: int, connections: int) -> None:
+        self.port, self.frames = port, 0
+        self.ends: Counter[str] = Counter()
+
+    def turn(self) -> None:
+        """Do harm for a tenth of a second at most."""
+        time.sleep(0.1)
+
+
+class Flood(Hostile):
+    """Sends one frame again and again, as fast as the server lets it, and reads what comes back."""
+
+    frame: bytes
+
+    def __init__(self, port: int, connections: int) -> None:
+        super().__init__(port, connections)
+        self.batch = memoryview(self.frame * (2**16 // len(self.frame)))
+        self._connect()
+
+    def _connect(self) -> None:
+        self.socket, self.begun, self.last = shake_hands(self.port), 0, b""
+        self.socket.setblocking(False)
+
+    def turn(self) -> None:
+        readable, writable, _ = select.select([self.socket], [self.socket], [], 0.1)
+        try:
+            if writable:
+                self._write()
+            if readable:
+                self._read()
+        except OSError:
+            self._start_again()
+
+    def _write(self) -> None:
+        before = self.begun
+        self.begun += self.socket.send(self.batch[before % len(self.frame):])  # from where the last one broke off
+        self.frames += self.begun // len(self.frame) - before // len(self.frame)
+
+    def _read(self) -> None:
+        data = self.socket.recv(2**16)
+        self.last = (self.last + data)[-127:]  # as long as a close frame may be
+        if not data:
+            self._start_again()
+
+    def _start_again(self) -> None:
+        _, close, payload = self.last.rpartition(b"\x88")
+        self.ends[str(int.from_bytes(payload[1:3], "big")) if close else "no close frame"] += 1
+        self.socket.close()
+        self._connect()
+
+
+class Pings(Flood):
+    label, frame = "pings of 0 bytes", b"\x89\x80\0\0\0\0"
+
+
+class Texts(Flood):
+    label, frame = "messages of 1 byte", b"\x81\x81\0\0\0\0x"
+
+
+class Silent(Hostile):
+    """Connects, sends nothing, and connects again where the server closes."""
+
+    label = "silent connections"
+
+    def __init__(self, port: int, connections: int) -> None:
+        super().__init__(port, connections)
+        self.selector = selectors.DefaultSelector()
+        for _ in range(connections):
+            self._open()
+
+    def _open(self) -> None:
+        self.selector.register(socket.create_connection(("127.0.0.1", self.port), 10), selectors.EVENT_READ)
+
+    def turn(self) -> None:
+        for key, _ in self.selector.select(0.1):
+            client: Any = key.fileobj
+            self.ends[client.recv(4096)[9:12].decode() or "no answer"] += 1
+            self.selector.unregister(client)
+            client.close()
+            self._open()
+
+
+ATTACKS: Tuple[Type[Hostile], ...] = (Hostile, Pings, Texts, Silent)
+
+
+def run_hostile(name: str, port: str, connections: str) -> None:
+    os.nice(10)  # elsewhere it would not take our cores
+    hostile = next(attack for attack in ATTACKS if attack.__name__ == name)(int(port), int(connections))
+    print("ready", flush=True)
+    start = now()
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        hostile.turn()
+    print(f"{hostile.frames / (now() - start) * 1e9:.0f}", *(f"{end}:{n}" for end, n in hostile.ends.items()))
+
+
+def wait_until_forgotten(server: Server, files: int) -> None:
+    """What is left of one attack must not slow the next down."""
+    deadline = time.monotonic() + 30
+    while server.open_files() > files:
+        if time.monotonic() > deadline:
+            raise Wrong(f"{server.open_files() - files} connections are left of an attack after 30 s")
+        time.sleep(0.05)
+
+
+def time_attacked(run: Run, server: Server, load: Load, attack: Type[Hostile]) -> Tuple[List[int], List[str]]:
+    """How long events take meanwhile, and what the hostile client tells."""
+    files = server.open_files()
+    hostile = Child(sys.executable, __file__, "hostile", attack.__name__, server.port, run.silent)
+    try:
+        hostile.read_line()
+        load.expect(run.seconds * 100, every=True)
+        waits = waits_of(load, list(queue_steadily(server, run.seconds * 100, 200)))
+        told = hostile.ask("stop")
+    finally:
+        hostile.end()
+    wait_until_forgotten(server, files)
+    return waits, told
+
+
+def flood(run: Run) -> None:
+    servers = {attack: run.serve() for attack in ATTACKS}
+    loads = {attack: run.audience(server, run.clients) for attack, server in servers.items()}
+    taken: Dict[Type[Hostile], List[Tuple[float, float]]] = {attack: [] for attack in ATTACKS}
+    told: Dict[Type[Hostile], List[str]] = {}
+    for _, attack in itertools.product(range(run.rounds), ATTACKS):
+        waits, told[attack] = time_attacked(run, servers[attack], loads[attack], attack)
+        taken[attack].append((statistics.median(waits), p99(waits)))
+    quiet = statistics.median(wait for _, wait in taken[Hostile])
+    rows = []
+    for attack, rounds in taken.items():
+        (median, late), worst = map(statistics.median, zip(*rounds)), max(wait for _, wait in rounds)
+        cells = [f"{value / 1e6:.2f}" for value in (median, late, worst)]
+        rate, *ends = told[attack]
+        rows.append([attack.label, *cells, f"{late / quiet:.1f}", rate, " ".join(ends)])
+        if attack is not Hostile:
+            rows[-1] += verdict("p99 ≤ 50", late <= 50e6)  # less is not noticed by an eye
+    print(f"100 events/s of 200 bytes to {run.clients} clients that only listen, {run.seconds} s, {run.rounds}\n"
+          f"rounds, while one client sends this, or opens {run.silent} connections. Milliseconds. Of the last round:\n"
+          "frames a second, and the close codes or HTTP statuses that it got, with how often.")
+    print_table("it sends | p50 | p99 | worst p99 | ÷ nothing | frames/s | closed", rows)
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
-    latency, fanout, burst, memory, connect, publish, idle, stall)}
+    latency, fanout, burst, memory, connect, publish, idle, deflate, threshold, stall, flood)}
 
 
 def print_machine() -> None:
@@ -761,11 +1102,14 @@ def main() -> None:
     if sys.argv[1:2] == ["side"]:
         run_side(sys.argv[2])
         return
+    if sys.argv[1:2] == ["hostile"]:
+        run_hostile(*sys.argv[2:])
+        return
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=[*COMMANDS, "all"])
     parser.add_argument("--quick", action="store_true")
-    for name in ("clients", "events", "rounds", "seconds"):
+    for name in sorted({name for sizes in SIZES.values() for name in sizes}):
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` ends what was started

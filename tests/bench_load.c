@@ -3,11 +3,14 @@
    It hops from frame header to frame header and looks at no payload, so that it is never what is measured.
    Commands come on stdin, one a line; times are nanoseconds of CLOCK_MONOTONIC.
 
-     connect PORT CLIENTS INFLIGHT PATH     -> OPENED FAILED START END
-     expect MESSAGES EVERY CHECK SPIN FILE  -> STRAY                messages since the last result
-                                 and later  -> COMPLETE OPEN ALIKE  every client has its messages or is gone
-     stop                                   ends an "expect" that waits in vain
+     connect PORT CLIENTS INFLIGHT OFFER PATH -> OPENED FAILED START END AGREED
+     expect MESSAGES EVERY CHECK SPIN FILE    -> STRAY         messages since the last result
+                                 and later    -> COMPLETE OPEN ALIKE BYTES
+                                                               every client has its messages or is gone
+     stop                                     ends an "expect" that waits in vain
 
+   With OFFER=1 clients offer permessage-deflate (RFC 7692) in the words of a browser; AGREED counts those whom
+   the server let have it. BYTES are what all clients got since "expect": data frames with their headers.
    FILE then holds one int64 per client, the time of its last message; with EVERY=1 one per client and message
    (0: never came). With CHECK=1 every payload byte is hashed, ALIKE tells whether all clients got the same,
    and FILE.stream holds what the first client got, one message a line. With SPIN=1 the process does not sleep
@@ -24,11 +27,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#define DEFLATE "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+
 enum state { CONNECTING, SHAKING, OPEN, GONE };
 
 struct client {
     int fd;
     enum state state;
+    int agreed; /* on permessage-deflate */
     unsigned char head[10]; /* the frame header, as far as it has come */
     int head_have, control_have;
     unsigned char control[125]; /* payload of a ping */
@@ -37,11 +43,11 @@ struct client {
 };
 
 static struct client *clients;
-static int client_count, to_open, in_flight, in_flight_limit, opened, failed, port, epoll_fd;
+static int client_count, to_open, in_flight, in_flight_limit, opened, failed, offer, agreed, port, epoll_fd;
 static int64_t connect_start;
 static char path[256], result_file[512];
 static int expecting, every, check, spin, incomplete;
-static uint64_t expected, stray;
+static uint64_t expected, stray, bytes;
 static int64_t *times;
 static FILE *stream;
 static unsigned char buffer[1 << 18];
@@ -74,7 +80,7 @@ static void report(void) {
     stream = NULL;
     times = NULL;
     expecting = 0;
-    printf("%d %d %d\n", complete, open, alike);
+    printf("%d %d %d %llu\n", complete, open, alike, (unsigned long long)bytes);
 }
 
 static void expect(void) {
@@ -87,16 +93,17 @@ static void expect(void) {
     if (check && !(stream = fopen(name, "wb"))) die(name);
     expecting = 1;
     printf("%llu\n", (unsigned long long)stray);
-    stray = 0;
+    stray = bytes = 0;
 }
 
 /* ---- one client ---- */
 
 static void gone(struct client *c) {
-    if (c->state == OPEN && expecting && c->messages < expected && --incomplete == 0) report();
-    if (c->state < OPEN) failed++, in_flight--;
+    enum state before = c->state;
     close(c->fd);
     c->state = GONE;
+    if (before < OPEN) failed++, in_flight--;
+    if (before == OPEN && expecting && c->messages < expected && --incomplete == 0) report();
 }
 
 static void answer_ping(struct client *c) {
@@ -138,6 +145,13 @@ static void end_frame(struct client *c, int64_t now) {
     if (--incomplete == 0) report();
 }
 
+static void begin_frame(struct client *c) {
+    int opcode = c->head[0] & 0x0F, reserved = c->head[0] & 0x70;
+    int rsv1 = c->agreed && (opcode == 1 || opcode == 2) ? 0x40 : 0; /* RFC 7692, section 6.1 */
+    if (reserved & ~rsv1) gone(c);
+    if (opcode < 8) bytes += c->head_have + c->payload_left;
+}
+
 static void take(struct client *c, const unsigned char *data, size_t size, int64_t now) {
     while (size > 0 && c->state == OPEN) {
         if (c->payload_left == 0) {
@@ -147,6 +161,8 @@ static void take(struct client *c, const unsigned char *data, size_t size, int64
             if (c->head_have < 2 + more) continue;
             c->payload_left = more ? 0 : length;
             for (int i = 0; i < more; i++) c->payload_left = c->payload_left << 8 | c->head[2 + i];
+            begin_frame(c);
+            if (c->state == GONE) return;
         }
         size_t part = size < c->payload_left ? size : c->payload_left;
         take_payload(c, data, part);
@@ -167,6 +183,8 @@ static void shake_hands(struct client *c) {
     }
     if (recv(c->fd, buffer, end + 4 - buffer, MSG_DONTWAIT) < 0) die("recv");
     c->state = OPEN;
+    c->agreed = memmem(buffer, end - buffer, "permessage-deflate", 18) != NULL;
+    agreed += c->agreed;
     opened++, in_flight--;
 }
 
@@ -175,8 +193,8 @@ static void ask(struct client *c) {
     int size = snprintf(request, sizeof request,
                         "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
                         "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n",
-                        path, port);
+                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%s\r\n",
+                        path, port, offer ? DEFLATE : "");
     struct epoll_event event = {.events = EPOLLIN, .data.u32 = c - clients};
     if (send(c->fd, request, size, MSG_NOSIGNAL) != size) {
         gone(c);
@@ -216,9 +234,9 @@ static void command(void) {
     char line[1024];
     int more = 0;
     if (!fgets(line, sizeof line, stdin)) exit(0);
-    if (sscanf(line, "connect %d %d %d %255s", &port, &more, &in_flight_limit, path) == 4) {
+    if (sscanf(line, "connect %d %d %d %d %255s", &port, &more, &in_flight_limit, &offer, path) == 5) {
         clients = realloc(clients, (client_count + more) * sizeof *clients);
-        to_open = more, opened = failed = 0, connect_start = now_ns();
+        to_open = more, opened = failed = agreed = 0, connect_start = now_ns();
     } else if (sscanf(line, "expect %lu %d %d %d %511[^\n]", &expected, &every, &check, &spin,
                       result_file) == 5) {
         expect();
@@ -242,7 +260,7 @@ int main(void) {
         if (!connect_start) continue;
         open_more();
         if (to_open || in_flight) continue;
-        printf("%d %d %lld %lld\n", opened, failed, (long long)connect_start, (long long)now_ns());
+        printf("%d %d %lld %lld %d\n", opened, failed, (long long)connect_start, (long long)now_ns(), agreed);
         connect_start = 0;
     }
 }

@@ -29,7 +29,10 @@ def run_bench(script, command):
     ("connect", 2 * 50),
     ("publish", 0),
     ("idle", 2 * 20),
-    ("stall", 3 * 2 * 200 * 10),
+    ("deflate", 3 * 2 * 3 * 20),
+    ("threshold", 0),
+    ("stall", 3 * 2 * 100 * (10 - 2)),
+    ("flood", 4 * 100 * 10),
 ])
 def test_quick_form_runs_and_delivers_everything(command, messages):
     """Each subcommand prints a table and has delivered exactly what its --quick size makes."""
@@ -40,19 +43,33 @@ def test_quick_form_runs_and_delivers_everything(command, messages):
     assert delivered in ({24, 32} if messages is None else {messages})
 
 
-def test_lost_message_is_an_error_not_a_figure(tmp_path):
-    """A side that skips a client ends the run: no table can come from it."""
+BROKEN = {
+    "a client is left out": (
+        "fanout", "for client in self.clients:", "for client in self.clients[1:]:",
+        "19 of 20 clients got all 1 messages, 20 are still connected"),
+    "a compressed frame that nobody agreed on": (
+        "fanout", '"!BBH", 0x81, 126', '"!BBH", 0xC1, 126',
+        "0 of 20 clients got all 1 messages, 0 are still connected"),
+    "no compression where it was agreed on": (
+        "deflate", '{"deflate": True}', '{"deflate": False}', "agreed on the extensions []"),
+    "an event of another payload": (
+        "deflate", "self.send(event, payload)", "self.send(event, [])", "what came is not what was sent"),
+}
+
+
+@pytest.mark.parametrize("command, good, bad, message", BROKEN.values(), ids=BROKEN)
+def test_side_that_fails_is_an_error_not_a_figure(tmp_path, command, good, bad, message):
+    """A side that does not do its job ends the run: no table can come from it."""
     broken = tmp_path / "tests" / "bench.py"
     broken.parent.mkdir()
     (tmp_path / "wsqueue.py").symlink_to(BENCH.parent.parent / "wsqueue.py")
     (broken.parent / "bench_load.c").symlink_to(BENCH.with_name("bench_load.c"))
-    loop, broken_loop = "for client in self.clients:", "for client in self.clients[1:]:"
     source = BENCH.read_text(encoding="utf-8")
-    assert loop in source
-    source = source.replace(loop, broken_loop).replace("def finish(self, timeout: float = 60)",
-                                                       "def finish(self, timeout: float = 3)")
+    assert source.count(good) == 1
+    source = source.replace(good, bad).replace("def finish(self, timeout: float = 60)",
+                                               "def finish(self, timeout: float = 3)")
     broken.write_text(source, encoding="utf-8")
-    done = run_bench(broken, "fanout")
+    done = run_bench(broken, command)
     assert done.returncode == 1
-    assert "19 of 20 clients got all 1 messages, 20 are still connected" in done.stderr
-    assert "| bare" not in done.stdout
+    assert message in done.stderr
+    assert "| side" not in done.stdout
