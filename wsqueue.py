@@ -46,7 +46,6 @@ because it is down; a client that stalls, lies or floods is closed, and the othe
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import io
@@ -1148,8 +1147,7 @@ class FrameParser:
         self._inflater = _Inflater() if compressed else None
         self._message = bytearray()  # what has come of it
         self._announced = 0  # bytes of payload in its frames so far
-        self._utf8: Any = None  # knows what of the text has been checked
-        self._checked = 0
+        self._checked = 0  # bytes of it that are known to be UTF-8
 
     @property
     def at_rest(self) -> bool:
@@ -1204,14 +1202,14 @@ class FrameParser:
         return opcode, _decode_text(message) if opcode == TEXT else bytes(message)
 
     def _check_utf8(self) -> None:
-        """Of a text that is not whole yet."""
-        if self._utf8 is None:
-            self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        """Of a text that is not whole yet. An incremental decoder would be late: it waits for a surrogate's end."""
         try:
-            self._utf8.decode(self._message[self._checked:])
-        except UnicodeDecodeError:
-            raise ProtocolError(INVALID_DATA, "text is not UTF-8") from None
-        self._checked = len(self._message)
+            self._message[self._checked:].decode()
+            self._checked = len(self._message)
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":  # it ends within a character
+                raise ProtocolError(INVALID_DATA, "text is not UTF-8") from None
+            self._checked += error.start
 
     def _read_head(self) -> bool:
         """Take the next frame's head off the buffer; False while it is not whole."""

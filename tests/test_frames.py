@@ -40,6 +40,10 @@ def refused(data, **kw):
     return code
 
 
+def one_by_one(data):
+    return [data[index : index + 1] for index in range(len(data))]
+
+
 def cut(data, places):
     """The pieces of data, cut at these places."""
     places = sorted(places)
@@ -253,6 +257,84 @@ def test_text_that_is_not_utf8_is_refused_with_1007(name):
     assert parse(client_frame(BINARY, data)) == [(BINARY, data)]
 
 
+WRONG_AT_LAST = {  # the last byte, and not one before it, rules out that this is the beginning of a text
+    "a byte that never occurs": b"\xff",
+    "a continuation byte alone": b"a\x80",
+    "a lead byte of what would be overlong": b"\xc1",
+    "a lead byte beyond U+10FFFF": b"\xf5",
+    "a character that is not continued": b"\xe2\x82a",
+    "a character that another one interrupts": b"\xf0\x9f\xc3",
+    "overlong, of three bytes": b"\xe0\x9f",
+    "overlong, of four bytes": b"\xf0\x8f",
+    "a surrogate": b"\xed\xa0",
+    "beyond U+10FFFF": b"\xf4\x90",
+}
+
+
+def fragments_of_one_byte(text):
+    """A text message whose every byte is a fragment, each followed by a ping; the last one is still to come."""
+    frames = [client_frame(CONTINUATION if index else TEXT, byte, fin=False) for index, byte in enumerate(text)]
+    return [frame + client_frame(PING, b"?") for frame in frames]
+
+
+@pytest.mark.parametrize("name", WRONG_AT_LAST)
+def test_text_fails_with_the_first_byte_that_makes_it_invalid(name):
+    """1007 comes with that byte, however much of the frame is still to come (section 8.1), and not before it."""
+    data = b"fine \xe2\x82\xac " + WRONG_AT_LAST[name]
+    pieces = one_by_one(client_frame(TEXT, data + bytes(200))[: 8 + len(data)])
+    assert run_parser(pieces[:-1]) == ([], None)
+    assert run_parser(pieces) == ([], 1007)
+
+
+@pytest.mark.parametrize("name", WRONG_AT_LAST)
+def test_a_fragment_fails_with_the_first_byte_that_makes_the_text_invalid(name):
+    """1007 comes before anything that stands behind the byte, be it the next fragment, a ping, or a violation."""
+    *good, bad = fragments_of_one_byte(one_by_one(WRONG_AT_LAST[name]))
+    pings = [(PING, b"?")] * len(good)
+    assert run_parser(good) == (pings, None)
+    assert run_parser([*good, bad]) == (pings, 1007)
+    assert run_parser([b"".join([*good, bad, b"\xff\xff"])]) == (pings, 1007)
+
+
+def decodes(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def may_become_text(data):
+    """Whether something can follow that makes it UTF-8: no character needs more than three bytes of one kind."""
+    return any(decodes(data + byte * count) for byte in (b"\x80", b"\xbf") for count in range(4))
+
+
+TEXT_OR_NOT = st.lists(
+    st.text(max_size=4).map(str.encode) | st.sampled_from(list(WRONG_AT_LAST.values())) | st.binary(max_size=3)
+).map(b"".join)
+
+
+@given(TEXT_OR_NOT)
+def test_a_text_goes_on_for_as_long_as_it_may_become_one(data):
+    """Byte after byte of an unfinished frame: an error comes when no continuation could be valid, and only then."""
+    pieces = one_by_one(client_frame(TEXT, data + b"to come")[: -len(b"to come")])
+    head = len(pieces) - len(data)
+    wrong = next((size for size in range(len(data) + 1) if not may_become_text(data[:size])), None)
+    if wrong is None:
+        assert run_parser(pieces) == ([], None)
+    else:
+        assert run_parser(pieces[: head + wrong - 1]) == ([], None)
+        assert run_parser(pieces[: head + wrong]) == ([], 1007)
+
+
+def test_a_character_in_pieces_is_no_error():
+    """Cut by reads, by frames, and by control frames between them: what is valid as a whole is valid in parts."""
+    text = "a\u00fc\u0800\u20ac\ud7ff\ue000\uffff\U00010000\U0001f600\U0010ffff"
+    stream = b"".join(fragments_of_one_byte(one_by_one(text.encode()))) + client_frame(CONTINUATION)
+    pings = [(PING, b"?")] * len(text.encode())
+    assert run_parser(one_by_one(stream)) == run_parser([stream]) == ([*pings, (TEXT, text)], None)
+
+
 # ---- Close frames ------------------------------------------------------------------------------------------
 
 VALID_CODES = [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999]
@@ -299,9 +381,9 @@ def test_a_long_reason_is_cut_between_characters():
 
 @st.composite
 def messages(draw):
-    """A text or binary message in one to four frames, with control frames between them."""
+    """A message in one to four frames, with control frames between them; some texts are not UTF-8."""
     text = draw(st.booleans())
-    payload = draw(st.text(max_size=80)).encode() if text else draw(st.binary(max_size=400))
+    payload = draw(st.text(max_size=80).map(str.encode) | TEXT_OR_NOT if text else st.binary(max_size=400))
     parts = cut(payload, draw(st.lists(st.integers(0, len(payload)), max_size=3)))
     frames = []
     for index, part in enumerate(parts):
@@ -328,7 +410,7 @@ STREAMS = st.lists(messages() | odd_frames() | st.binary(max_size=40), max_size=
 @given(STREAMS)
 def test_bytes_one_at_a_time_say_the_same_as_all_at_once(data):
     """What comes out, and the error if there is one, do not depend on how the stream was cut."""
-    assert run_parser([data[i : i + 1] for i in range(len(data))]) == run_parser([data])
+    assert run_parser(one_by_one(data)) == run_parser([data])
 
 
 @given(STREAMS, st.lists(st.integers(0, 400), max_size=5))
