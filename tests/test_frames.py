@@ -1,6 +1,7 @@
 """Section 6, WebSocket frames: RFC 6455, sections 5 and 7, rule by rule, and against another implementation."""
 
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -478,15 +479,62 @@ def test_we_read_fragments_that_another_implementation_writes(text, places):
     assert parse(data + Frame(opcode, b"").serialize(mask=True)) == [(TEXT, text)]
 
 
+# ---- What a peer can make us hold --------------------------------------------------------------------------
+
+
+@contextmanager
+def memory_below(most):
+    """Python must not hold more than so many bytes at any time in the block, beyond what it held before."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most
+
+
 def test_fragments_without_a_byte_cost_no_memory():
     """A message of nothing, in ever more fragments, never reaches max_bytes: it must not grow elsewhere either."""
     parser = FrameParser(masked=True, max_bytes=1000)
-    list(parser.feed(encode_frame(TEXT, b"", fin=False, mask=b"abcd")))
-    fragments = encode_frame(CONTINUATION, b"", fin=False, mask=b"abcd") * 10_000
+    list(parser.feed(client_frame(TEXT, fin=False)))
+    fragments = client_frame(CONTINUATION, fin=False) * 10_000
     list(parser.feed(fragments))
-    tracemalloc.start()
-    try:
-        list(parser.feed(fragments))
-        assert tracemalloc.get_traced_memory()[0] < 10_000
-    finally:
-        tracemalloc.stop()
+    with memory_below(2 * len(fragments)):
+        for _ in range(10):
+            list(parser.feed(fragments))
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_fragments_of_a_byte_cost_what_the_message_costs(opcode):
+    """A message in as many pieces as it has bytes is no more to hold than the message, and ends at max_bytes."""
+    parser, fragment = FrameParser(masked=True, max_bytes=20_000), client_frame(CONTINUATION, b"x", fin=False)
+    with memory_below(120_000):
+        list(parser.feed(client_frame(opcode, fin=False)))
+        for _ in range(20_000):
+            assert list(parser.feed(fragment)) == []
+        with pytest.raises(ProtocolError, match="20000") as refusal:
+            list(parser.feed(fragment))
+    assert refusal.value.code == 1009
+
+
+def test_an_announced_length_costs_nothing_until_its_bytes_come():
+    """A header that promises a gigabyte takes no memory for it, and yields nothing when only a part comes."""
+    parser = FrameParser(masked=True, max_bytes=1 << 31)
+    with memory_below(100_000):
+        assert list(parser.feed(frame_head(0x82, 1 << 30) + MASK + bytes(10_000))) == []
+    assert not parser.at_rest
+
+
+def test_bytes_beyond_an_announced_length_are_the_next_frame():
+    """A length is believed to the byte: what is there too much is no part of the message."""
+    assert parse(frame_head(0x81, 2) + bytes(4) + b"ab" + client_frame(PING, b"c")) == [(TEXT, "ab"), (PING, b"c")]
+    assert run_parser([frame_head(0x81, 2) + bytes(4) + b"abcd"]) == ([(TEXT, "ab")], 1002)
+
+
+def test_a_length_beyond_its_frame_takes_what_follows():
+    """Too long a length makes payload of the next frame: no message comes out of the middle of another."""
+    inside = b"ab" + client_frame(TEXT, b"hidden")
+    data = frame_head(0x82, len(inside) + 6) + bytes(4) + inside
+    assert run_parser([data]) == ([], None)
+    assert run_parser([data, b"behind"]) == ([(BINARY, inside + b"behind")], None)
