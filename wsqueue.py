@@ -1060,6 +1060,7 @@ def _decode_text(payload: bytes | bytearray) -> str:
 # would be 300 KB, and one compressed frame serves everyone who agreed on the same window.
 
 _EMPTY_BLOCK = b"\x00\x00\xff\xff"  # ends every message, and is not sent (section 7.2.1)
+_FINAL_BLOCK = b"\x03\x00"  # an empty one that ends zlib's stream, if it comes where a block may begin
 
 
 def accept_deflate(offers: str) -> tuple[str, int]:
@@ -1116,12 +1117,21 @@ class _Inflater:
 
     def inflate(self, piece: bytes, most: int) -> bytes:
         """The next bytes, `most` of them at most; there may then be more, and the message is of no use."""
-        if self._stream.eof:  # a final block may end the stream early (section 7.2.3.4); zlib would keep what follows
-            return b""
+        inflated = b""
         try:
-            return self._stream.decompress(piece, most)
+            while piece and len(inflated) < most:  # 0 would be no limit
+                if self._stream.eof:  # a final block ends zlib's stream, but not the message (section 7.2.1)
+                    self._stream = self._zlib.decompressobj(-15)
+                inflated += self._stream.decompress(piece, most - len(inflated))
+                piece = self._stream.unused_data
         except self._zlib.error:
             raise ProtocolError(INVALID_DATA, "compressed data is damaged") from None
+        return inflated
+
+    def finish(self) -> None:
+        """Of a message that was cut short, zlib would make something longer or shorter, and say nothing."""
+        if not self._stream.eof and (self.inflate(_EMPTY_BLOCK + _FINAL_BLOCK, 1) or not self._stream.eof):
+            raise ProtocolError(INVALID_DATA, "compressed data is cut short")
 
 
 class FrameParser:
@@ -1185,7 +1195,7 @@ class FrameParser:
         return payload
 
     def _extend_message(self, payload: bytes, more: bool) -> None:
-        if self._inflater:  # 0 would be no limit
+        if self._inflater:
             payload = self._inflater.inflate(payload, self._max_bytes + 1 - len(self._message))
         self._message += payload
         too_big = len(self._message) > self._max_bytes
@@ -1195,8 +1205,8 @@ class FrameParser:
             raise ProtocolError(TOO_BIG, f"a compressed message of more than {self._max_bytes} bytes")
 
     def _finish_message(self) -> tuple[int, Message]:
-        if self._inflater:
-            self._extend_message(_EMPTY_BLOCK, False)
+        if self._inflater and self._announced:
+            self._inflater.finish()
         opcode, message = self._opcode, self._message
         self._begin_message(CONTINUATION)
         return opcode, _decode_text(message) if opcode == TEXT else bytes(message)

@@ -17,9 +17,9 @@ LIMIT = 1 << 17  # max_bytes of every parser here that does not say otherwise
 OPCODES = (TEXT, BINARY, PING, PONG)
 
 
-def run_parser(pieces, masked=True, max_bytes=LIMIT):
+def run_parser(pieces, masked=True, max_bytes=LIMIT, deflate=False):
     """What comes out, and the close code of the error that ended it, if one did."""
-    parser, out = FrameParser(masked=masked, max_bytes=max_bytes), []
+    parser, out = FrameParser(masked=masked, max_bytes=max_bytes, deflate=deflate), []
     try:
         for piece in pieces:
             out.extend(parser.feed(piece))
