@@ -1071,7 +1071,8 @@ def accept_deflate(offers: str) -> tuple[str, int]:
             bits = _window_bits(parameters)
             if bits:
                 answer = f"{name}; server_no_context_takeover; client_no_context_takeover"
-                return answer + (f"; server_max_window_bits={bits}" if bits < 15 else ""), bits
+                asked = "server_max_window_bits" in offer  # its value must be confirmed, be it the usual one
+                return answer + (f"; server_max_window_bits={bits}" if asked else ""), bits
     return "", 0
 
 

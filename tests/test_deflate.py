@@ -6,12 +6,13 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory, PerMessageDeflate
 from websockets.frames import Frame, Opcode
+from websockets.headers import build_extension, parse_extension
 
 from clients import BINARY, CLOSE, PING, PONG, TEXT, client_frame, close_payload, frame_head
-from test_frames import CONTINUATION, LIMIT, WRONG_AT_LAST, cut, memory_below, one_by_one, run_parser
-from wsqueue import FrameParser
+from test_frames import CONTINUATION, LIMIT, WRONG_AT_LAST, cut, memory_below, one_by_one, read_elsewhere, run_parser
+from wsqueue import FrameParser, accept_deflate, encode_frame, encode_message
 
 RSV1 = 0x40  # in a frame's first byte: the message is compressed
 TAIL = b"\x00\x00\xff\xff"  # ends what zlib flushes, and is not sent
@@ -193,6 +194,12 @@ def test_compression_is_for_each_message_to_choose():
     assert parse(stream) == [(TEXT, "Hello"), (TEXT, "raw"), (TEXT, "begun, done"), (BINARY, b"Hello")]
 
 
+def test_control_frames_are_as_ever():
+    """With compression agreed on, pings, pongs and close frames are what they are without."""
+    data = client_frame(PING, b"1") + client_frame(PONG, b"2") + client_frame(CLOSE, close_payload(1000, "bye"))
+    assert parse(data) == [(PING, b"1"), (PONG, b"2"), (CLOSE, (1000, "bye"))]
+
+
 # ---- What is wrong with it ---------------------------------------------------------------------------------
 
 LONG = deflate(bytes(range(256)) * 20)
@@ -357,10 +364,167 @@ def test_the_longest_that_a_plain_encoder_makes_is_taken():
     assert parse(compressed_frame(payload, BINARY)) == [(BINARY, message)]
 
 
-# ---- A closing handshake is not compressed -----------------------------------------------------------------
+# ---- Offers and answers (section 7.1) ----------------------------------------------------------------------
+
+NAME = "permessage-deflate"
+ANSWER = f"{NAME}; server_no_context_takeover; client_no_context_takeover"
+ACCEPTED = {  # -> the window that is confirmed; None: none was asked for
+    f"{NAME}": None,  # Firefox
+    f"{NAME}; client_max_window_bits": None,  # Chrome, Safari
+    f"{NAME}; server_max_window_bits=12; client_max_window_bits=12": 12,  # the `websockets` package
+    f"{NAME}; client_no_context_takeover; client_max_window_bits": None,
+    f"{NAME}; server_no_context_takeover; client_no_context_takeover": None,
+    f"{NAME}; client_max_window_bits=8": None,  # what a client limits itself to is its own matter
+    f"{NAME}; client_max_window_bits=15; server_max_window_bits=10; server_no_context_takeover": 10,
+    f'{NAME}; server_max_window_bits="10"': 10,
+    f'{NAME}; client_max_window_bits="10"': None,
+    f"{NAME};server_max_window_bits=11;client_no_context_takeover": 11,
+    f"  {NAME} ;\tserver_max_window_bits=9 ;  client_max_window_bits  ": 9,
+    **{f"{NAME}; server_max_window_bits={bits}": bits for bits in range(9, 16)},
+    # Several offers: the first that can be met.
+    f"{NAME}; server_max_window_bits=10, {NAME}": 10,
+    f"{NAME}, {NAME}; server_max_window_bits=10": None,
+    f"{NAME}; server_max_window_bits=8, {NAME}; server_max_window_bits=9": 9,
+    f"{NAME}; unheard_of, {NAME}; client_max_window_bits": None,
+    f"{NAME}; unheard_of=1, {NAME}; mode=best; server_max_window_bits=9, {NAME}": None,
+    # Other extensions, before and behind.
+    f"x-webkit-deflate-frame, {NAME}; client_max_window_bits": None,
+    f'bbf-usp-protocol; eid="x", {NAME}; server_max_window_bits=13, permessage-bzip2': 13,
+    f", ,{NAME},": None,
+}
+NO_WINDOWS = ("", "0", "7", "16", "-9", "09", "+9", "9.0", "x", "\u0661\u0661", '""', '"9', '9"', "'9'")
+SENSELESS = [  # parameters; section 7.1 names what may be in them, and how often
+    "",
+    "unheard_of",
+    "server_max_window_bits=10; unheard_of",
+    "Server_Max_Window_Bits=10",
+    "server_max_window_bits",  # without a value
+    "server_max_window_bits=8",  # legal, but zlib cannot
+    *(f"server_max_window_bits={value}" for value in NO_WINDOWS),
+    *(f"client_max_window_bits={value}" for value in NO_WINDOWS),
+    "server_no_context_takeover=",
+    "server_no_context_takeover=true",
+    'client_no_context_takeover=""',
+    "client_no_context_takeover=1",
+    "server_max_window_bits=10; server_max_window_bits=10",
+    "client_max_window_bits; client_max_window_bits=10",
+    "server_no_context_takeover; server_no_context_takeover",
+    "client_no_context_takeover; client_no_context_takeover",
+]
+OTHERS = ["", ",", ";", "x-webkit-deflate-frame", "permessage-bzip2; client_max_window_bits", "permessage-deflate-2"]
+DECLINED = [*OTHERS, f'"{NAME}"', f"x{NAME}", *(f"{NAME}; {parameters}" for parameters in SENSELESS)]
 
 
-def test_control_frames_are_as_ever():
-    """With compression agreed on, pings, pongs and close frames are what they are without."""
-    data = client_frame(PING, b"1") + client_frame(PONG, b"2") + client_frame(CLOSE, close_payload(1000, "bye"))
-    assert parse(data) == [(PING, b"1"), (PONG, b"2"), (CLOSE, (1000, "bye"))]
+@pytest.mark.parametrize("offers", ACCEPTED)
+def test_an_offer_is_answered_with_what_it_asks_for(offers):
+    """Neither side keeps a context, which a server may demand; a window is confirmed where one is asked for."""
+    bits = ACCEPTED[offers]
+    assert accept_deflate(offers) == (ANSWER + (f"; server_max_window_bits={bits}" if bits else ""), bits or 15)
+
+
+@pytest.mark.parametrize("offers", DECLINED)
+def test_an_offer_that_cannot_be_met_is_declined(offers):
+    """Section 7.1: what is unknown, wrong or doubled makes an offer one to decline, and the connection goes on."""
+    assert accept_deflate(offers) == ("", 0)
+
+
+CHOICE = st.booleans()
+FACTORIES = st.builds(
+    ClientPerMessageDeflateFactory,
+    server_no_context_takeover=CHOICE,
+    client_no_context_takeover=CHOICE,
+    server_max_window_bits=st.none() | st.integers(9, 15),
+    client_max_window_bits=st.none() | st.just(True) | st.integers(9, 15),
+)
+
+
+@given(st.lists(FACTORIES, min_size=1, max_size=3))
+def test_another_implementation_accepts_our_answer(factories):
+    """Whatever the `websockets` package can offer, it agrees to the answer, and to the same window."""
+    offers = build_extension([(NAME, factory.get_request_params()) for factory in factories])
+    answer, bits = accept_deflate(offers)
+    [(name, parameters)] = parse_extension(answer)
+    agreed = factories[0].process_response_params(parameters, [])
+    assert (name, agreed.remote_max_window_bits) == (NAME, bits)
+    assert agreed.remote_no_context_takeover and agreed.local_no_context_takeover
+
+
+PARAMETERS = ("server_no_context_takeover", "server_max_window_bits", "client_max_window_bits")
+WORDS = (NAME, f"{NAME}; server_max_window_bits=", *PARAMETERS, *',;="9', "15", " ")
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=2), max_size=12).map("".join))
+def test_any_header_is_answered_or_declined(offers):
+    """Nothing that stands in the header is an error, and an answer is always one of ours."""
+    answer, bits = accept_deflate(offers)
+    assert (answer, bits) == ("", 0) or (answer.startswith(ANSWER) and 9 <= bits <= 15)
+
+
+# ---- Messages are compressed -------------------------------------------------------------------------------
+
+
+def written(frame):
+    """(first byte, payload) of a server's frame, read by the `websockets` package's rules of the header alone."""
+    data = bytes((frame[0] & ~RSV1,)) + frame[1:]
+    return frame[0], bytes(read_elsewhere(data, masked=False).data)
+
+
+def far_apart(bits):
+    """A text that repeats itself at a distance of just what a window of so many bits holds, but for zlib's reserve."""
+    noise = NOISE.hex().encode()[: (1 << bits) - 300]
+    return noise + noise
+
+
+@pytest.mark.parametrize("bits", range(9, 16))
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_a_message_is_compressed_for_the_window_that_was_agreed_on(bits, opcode):
+    """A decoder of just that window inflates it, and one message does not depend on another."""
+    for text in (b"a" * 100_000, far_apart(bits), far_apart(15)):
+        first, payload = written(encode_message(opcode, text, bits))
+        assert first == 0x80 | RSV1 | opcode
+        assert len(payload) < len(text)
+        decoder = zlib.decompressobj(-bits)
+        assert decoder.decompress(payload + TAIL) == text
+        assert not payload.endswith(TAIL) and not decoder.eof
+
+
+def test_a_window_too_large_is_noticed_by_these_tests():
+    """zlib refuses what a larger window was used for: the test above can fail."""
+    _, payload = written(encode_message(TEXT, far_apart(15), 15))
+    with pytest.raises(zlib.error, match="distance"):
+        zlib.decompressobj(-14).decompress(payload + TAIL)
+
+
+@pytest.mark.parametrize("least", [0, 1, 100, 512])
+def test_only_what_is_large_enough_is_compressed(least):
+    """deflate_min_bytes is the smallest message that is compressed; smaller ones are sent as they are."""
+    for size in {0, 50, max(0, least - 1), least, least + 1, 5000}:
+        first, payload = written(encode_message(TEXT, b"a" * size, 15, least))
+        small = size < least or size < 5
+        assert (first, len(payload) == size) == (0x81 if small else 0xC1, small)
+
+
+@given(st.binary(max_size=600), st.integers(9, 15))
+def test_only_what_becomes_smaller_is_compressed(data, bits):
+    """Noise is sent as it is: a compressed message is never longer than a plain one."""
+    first, payload = written(encode_message(BINARY, data, bits))
+    assert payload == data if first == 0x82 else len(payload) < len(data)
+
+
+@pytest.mark.parametrize("size", [600, 70_000])
+def test_what_does_not_compress_is_sent_as_it_is(size):
+    """The frame is the one that a client without compression gets."""
+    assert encode_message(BINARY, NOISE[:size], 15) == encode_frame(BINARY, NOISE[:size])
+
+
+def test_a_client_that_did_not_agree_gets_plain_messages():
+    """No window means no compression, whatever the message."""
+    assert encode_message(TEXT, b"a" * 5000) == encode_frame(TEXT, b"a" * 5000)
+
+
+@given(PAYLOADS, st.integers(9, 15))
+def test_another_implementation_reads_what_we_compress(data, bits):
+    """The `websockets` package inflates every message, with the window that it asked for."""
+    extension = PerMessageDeflate(True, True, bits, 15)
+    frame = read_elsewhere(encode_message(BINARY, data, bits), masked=False, extensions=[extension])
+    assert (frame.opcode, bytes(frame.data), frame.fin) == (BINARY, data, True)

@@ -437,12 +437,12 @@ def test_any_bytes_give_messages_or_a_protocol_error_and_nothing_else(data, mask
 # ---- Against another implementation ------------------------------------------------------------------------
 
 
-def read_elsewhere(data, masked):
+def read_elsewhere(data, masked, extensions=()):
     """The frame that the `websockets` package reads, which must be all there is."""
     reader = StreamReader()
     reader.feed_data(data)
     reader.feed_eof()
-    coroutine = Frame.parse(reader.read_exact, mask=masked, max_size=LIMIT)
+    coroutine = Frame.parse(reader.read_exact, mask=masked, max_size=LIMIT, extensions=extensions)
     with pytest.raises(StopIteration) as done:
         next(coroutine)
     assert not len(reader.buffer)
