@@ -1,7 +1,9 @@
 """permessage-deflate (RFC 7692) in section 6 and over real sockets; judged by zlib and by another implementation."""
 
+import json
 import os
 import zlib
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from hypothesis import given
@@ -9,10 +11,24 @@ from hypothesis import strategies as st
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory, PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.headers import build_extension, parse_extension
+from websockets.sync.client import connect as websockets_connect
 
-from clients import BINARY, CLOSE, PING, PONG, TEXT, client_frame, close_payload, frame_head
+from clients import (
+    BINARY,
+    CLOSE,
+    PATIENCE,
+    PING,
+    PONG,
+    TEXT,
+    RawClient,
+    client_frame,
+    close_payload,
+    frame_head,
+    serving,
+)
+from helpers import eventually
 from test_frames import CONTINUATION, LIMIT, WRONG_AT_LAST, cut, memory_below, one_by_one, read_elsewhere, run_parser
-from wsqueue import FrameParser, accept_deflate, encode_frame, encode_message
+from wsqueue import FrameParser, accept_deflate, encode_frame, encode_message, queue_events
 
 RSV1 = 0x40  # in a frame's first byte: the message is compressed
 TAIL = b"\x00\x00\xff\xff"  # ends what zlib flushes, and is not sent
@@ -370,8 +386,8 @@ NAME = "permessage-deflate"
 ANSWER = f"{NAME}; server_no_context_takeover; client_no_context_takeover"
 ACCEPTED = {  # -> the window that is confirmed; None: none was asked for
     f"{NAME}": None,  # Firefox
-    f"{NAME}; client_max_window_bits": None,  # Chrome, Safari
-    f"{NAME}; server_max_window_bits=12; client_max_window_bits=12": 12,  # the `websockets` package
+    f"{NAME}; client_max_window_bits": None,  # Chrome, Safari, the `websockets` package
+    f"{NAME}; server_max_window_bits=12; client_max_window_bits=12": 12,
     f"{NAME}; client_no_context_takeover; client_max_window_bits": None,
     f"{NAME}; server_no_context_takeover; client_no_context_takeover": None,
     f"{NAME}; client_max_window_bits=8": None,  # what a client limits itself to is its own matter
@@ -528,3 +544,194 @@ def test_another_implementation_reads_what_we_compress(data, bits):
     extension = PerMessageDeflate(True, True, bits, 15)
     frame = read_elsewhere(encode_message(BINARY, data, bits), masked=False, extensions=[extension])
     assert (frame.opcode, bytes(frame.data), frame.fin) == (BINARY, data, True)
+
+
+# ---- Over real sockets -------------------------------------------------------------------------------------
+
+BIG = "to every client the same event, compressed once " * 200
+
+
+class DeflatingClient(RawClient):
+    """A client that asks for compression, and remembers which frames came compressed."""
+
+    def __init__(self, url, target="/", offer=NAME, window=15):
+        super().__init__(url, target, Sec_WebSocket_Extensions=offer)
+        self.window, self.compressed = window, []
+
+    def read_frame(self):
+        first = self._take(1)[0]
+        self._data[:0] = bytes((first & ~RSV1,))
+        opcode, payload = super().read_frame()
+        self.compressed.append(bool(first & RSV1))
+        if self.compressed[-1]:
+            payload = zlib.decompressobj(-self.window).decompress(payload + TAIL)
+        return opcode, payload
+
+
+@contextmanager
+def connected(url, **compression):
+    """The `websockets` package's client."""
+    with websockets_connect(url, open_timeout=PATIENCE, close_timeout=PATIENCE, **compression) as client:
+        yield client
+
+
+def echo(conn, message):
+    conn.send(message)
+
+
+def agreed_window(client):
+    """The bits of what the client agreed on for what we send."""
+    [extension] = client.protocol.extensions
+    assert extension.remote_no_context_takeover and extension.local_no_context_takeover
+    return extension.remote_max_window_bits
+
+
+OFFERS = {
+    "as it comes": ({"compression": "deflate"}, 15),
+    "as Firefox does": ({"extensions": [ClientPerMessageDeflateFactory(client_max_window_bits=None)]}, 15),
+    "as Chrome does": ({"extensions": [ClientPerMessageDeflateFactory()]}, 15),
+    "the smallest windows": ({"extensions": [ClientPerMessageDeflateFactory(False, False, 9, 9)]}, 9),
+    "the largest windows": ({"extensions": [ClientPerMessageDeflateFactory(True, True, 15, 15)]}, 15),
+}
+
+
+@pytest.mark.parametrize("name", OFFERS)
+def test_another_client_talks_with_us_compressed(name):
+    """Greetings, echoes of text and bytes, whole and in fragments, small and large, and events arrive as sent."""
+    settings, window = OFFERS[name]
+    messages = ["small", "", BIG, BIG.encode(), NOISE[:20_000], [BIG, "", "in fragments"], [NOISE[:999], b"", b"x"]]
+    with serving({"/": lambda conn: conn.send({"hello": BIG})}, {"/": echo}) as server:
+        with connected(server.url, **settings) as client:
+            assert agreed_window(client) == window
+            assert json.loads(client.recv(PATIENCE)) == {"hello": BIG}
+            for message in messages:
+                client.send(message)
+                whole = message[0][:0].join(message) if isinstance(message, list) else message
+                assert client.recv(PATIENCE) == whole
+            server.broadcast("news", BIG)
+            assert json.loads(client.recv(PATIENCE))["payload"] == BIG
+
+
+def test_clients_with_and_without_compression_get_the_same_event():
+    """The text is the same to the byte; only the client that asked gets it compressed."""
+    with serving() as server, DeflatingClient(server.url) as one, RawClient(server.url) as other:
+        assert NAME in one.head and NAME not in other.head
+        eventually(lambda: server.get_connection_count() == 2)
+        server.broadcast("news", [BIG, "\N{EURO SIGN}"])
+        text = one.recv()
+        assert text == other.recv()
+        assert json.loads(text)["payload"] == [BIG, "\N{EURO SIGN}"]
+        assert one.compressed == [True]
+
+
+def test_a_server_without_compression_declines():
+    """deflate=False: clients that ask are served without it, and the bit is a violation."""
+    with serving(callbacks={"/": echo}, deflate=False) as server:
+        with connected(server.url, compression="deflate") as client:
+            assert client.protocol.extensions == []
+            client.send(BIG)
+            assert client.recv(PATIENCE) == BIG
+        with RawClient(server.url, Sec_WebSocket_Extensions=NAME) as client:
+            assert "extensions" not in client.head.lower()
+            client.socket.sendall(compressed_frame(HELLO))
+            assert client.close_code() == 1002
+
+
+WRONG = {
+    "damaged": (b"\x07", 1007),
+    "not UTF-8": (deflate(b"\xff"), 1007),
+    "a bomb": (deflate(bytes(10_000_000)), 1009),
+    "a byte too many": (deflate(bytes((1 << 16) + 1)), 1009),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_compressed_data_closes_its_connection_only(name):
+    """The client is told the close code, and others are served."""
+    payload, code = WRONG[name]
+    with serving(callbacks={"/": echo}) as server:
+        with DeflatingClient(server.url) as bad, DeflatingClient(server.url) as good:
+            bad.socket.sendall(compressed_frame(payload))
+            assert bad.close_code() == code
+            assert bad.ended()
+            good.socket.sendall(compressed_frame(deflate(BIG.encode())))
+            assert good.recv() == BIG
+            assert good.compressed == [True]
+
+
+def test_an_answer_is_compressed_where_it_is_large_enough():
+    """conn.send() goes by deflate_min_bytes, and by whether the client asked."""
+    with serving(callbacks={"/": echo}, deflate_min_bytes=1000) as server, DeflatingClient(server.url) as client:
+        for size in (999, 1000, 1001, 0):
+            client.send("a" * size)
+            assert client.recv() == "a" * size
+        assert client.compressed == [False, True, True, False]
+
+
+def test_small_and_large_events_keep_their_order(tmp_path):
+    """What is sent as it is does not overtake what is compressed, nor the other way round, whoever sends it."""
+    queue, count = str(tmp_path / "q"), 100
+    events = [("e", [number, BIG if number % 2 else ""]) for number in range(count)]
+    with serving(queue=queue) as server, DeflatingClient(server.url) as one, RawClient(server.url) as other:
+        eventually(lambda: server.get_connection_count() == 2)
+        for start in range(0, count, 10):
+            assert queue_events(queue, events[start : start + 10])
+        for client in (one, other):
+            assert client.payloads(count) == [payload for _, payload in events]
+        assert one.compressed == [False, True] * (count // 2)
+
+
+# ---- Once for all ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compressions(monkeypatch):
+    """Begins to count when it is called, and returns the list that grows with each use of zlib's compressor."""
+    made, compressobj = [], zlib.compressobj
+
+    def counting(*args, **kw):
+        made.append(args)
+        return compressobj(*args, **kw)
+
+    def count():
+        monkeypatch.setattr(zlib, "compressobj", counting)
+        return made
+
+    return count
+
+
+def small_window(url):
+    return DeflatingClient(url, offer=f"{NAME}; server_max_window_bits=10", window=10)
+
+
+@pytest.mark.parametrize(
+    "kinds, payload, times",
+    [
+        ([DeflatingClient] * 20, BIG, 1),
+        ([DeflatingClient, small_window] * 10, BIG, 2),
+        ([DeflatingClient] * 19 + [RawClient], BIG, 1),
+        ([RawClient] * 20, BIG, 0),
+        ([DeflatingClient] * 20, "small", 0),
+    ],
+    ids=["one window", "two windows", "one without", "all without", "a small event"],
+)
+def test_an_event_is_compressed_once_for_each_window(compressions, kinds, payload, times):
+    """However many clients there are, and not at all where nobody would get it."""
+    with serving() as server, ExitStack() as stack:
+        clients = [stack.enter_context(kind(server.url)) for kind in kinds]
+        eventually(lambda: server.get_connection_count() == len(clients))
+        made = compressions()
+        server.broadcast("news", payload)
+        assert [client.payloads(1) for client in clients] == [[payload]] * len(clients)
+        assert len(made) == times
+
+
+def test_events_for_nobody_are_not_compressed(compressions):
+    """A topic that no client is on costs no compression."""
+    with serving() as server, DeflatingClient(server.url, "/here") as client:
+        eventually(lambda: server.get_connection_count() == 1)
+        made = compressions()
+        server.broadcast("news", BIG, to="/elsewhere")
+        server.broadcast("news", "small")
+        assert client.payloads(1) == ["small"]
+        assert made == []
