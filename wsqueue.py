@@ -1579,8 +1579,8 @@ class Connection:
     def interest(self) -> int:
         """What a selector should wait for."""
         inbox = self._inbox  # its handler may end meanwhile
-        deaf = self._state == ANSWERING or (
-            self._state == OPEN and (self._last_frame or (inbox is not None and inbox.full)))
+        deaf = self._state == ANSWERING or (self._state < LINGERING and self._last_frame) or (
+            self._state == OPEN and inbox is not None and inbox.full)
         return (0 if deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._pending else 0)
 
     def read(self, now: float) -> None:

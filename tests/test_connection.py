@@ -377,6 +377,133 @@ def test_a_handler_and_a_callback_share_a_route():
             done.set()
 
 
+# ---- Last words --------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """An echo that answers nothing before it is opened, and then all in order; opened in any case when a block ends."""
+
+    def __init__(self):
+        self._open = threading.Event()
+
+    def __call__(self, conn, message):
+        self._open.wait(6 * PATIENCE)
+        conn.send(message)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.open()
+
+    def open(self):
+        self._open.set()
+
+
+def say_and_be_read(client, last, messages=("one", "two", "three")):
+    """Send messages, and the last of what the client has to say, and wait until the server has read that."""
+    data = b"".join(client_frame(TEXT, message.encode()) for message in messages)
+    client.socket.sendall(data + client_frame(PING, b"read?") + last)  # in one piece, so it is read in one, too
+    assert client.read_frame() == (PONG, b"read?")
+
+
+LAST_WORDS = {
+    "a close frame": (client_frame(CLOSE, close_payload(4000)), 4000),
+    "an empty close frame": (client_frame(CLOSE), None),
+    "a violation": (b"\xff" * 20, 1002),
+    "text that is not UTF-8": (client_frame(TEXT, b"\xff"), 1007),
+    "too large a message": (frame_head(0x82, 1 << 40), 1009),
+}
+
+
+@pytest.mark.parametrize("name", LAST_WORDS)
+def test_what_was_said_before_the_end_is_answered_before_the_end(name):
+    """A callback that takes its time answers every message that came before; then, and not before, the close frame."""
+    last, code = LAST_WORDS[name]
+    gate = Gate()
+    with serving(callbacks={"/": gate}, close_timeout=PATIENCE) as server, gate:
+        with RawClient(server.url) as client:
+            say_and_be_read(client, last)
+            gate.open()
+            assert [client.recv() for _ in range(3)] == ["one", "two", "three"]
+            assert client.read_close()[0] == code
+            assert client.ended()
+        everybody_has_left(server)
+
+
+def test_a_callback_may_answer_the_last_message_with_a_close():
+    """conn.close() while a client's close frame waits: its code goes out, once, and the stream ends."""
+    gate = Gate()
+
+    def callback(conn, message):
+        gate(conn, message)
+        conn.close(4004, "enough")
+
+    with serving(callbacks={"/": callback}, close_timeout=PATIENCE) as server, gate:
+        with RawClient(server.url) as client:
+            say_and_be_read(client, client_frame(CLOSE, close_payload(1000)), ["only"])
+            gate.open()
+            assert client.recv() == "only"
+            assert client.read_close() == (4004, "enough")
+            assert client.ended()
+
+
+@pytest.mark.parametrize("name", LAST_WORDS)
+def test_a_callback_that_never_returns_does_not_keep_its_connection(name):
+    """After close_timeout the close frame goes out and the stream ends, whatever the callback does."""
+    last, code = LAST_WORDS[name]
+    gate = Gate()
+    with serving(callbacks={"/": gate}, close_timeout=0.3) as server, gate:
+        with RawClient(server.url) as client:
+            say_and_be_read(client, last)
+            assert client.read_close()[0] == code
+            assert client.ended()
+        everybody_has_left(server)
+
+
+@pytest.mark.parametrize("server_first", [False, True], ids=["open", "closing"])
+def test_who_has_said_its_last_is_not_read_any_more(server_first):
+    """What comes behind a client's close frame stays in its socket for as long as a callback is busy."""
+    gate = Gate()
+    with serving(callbacks={"/": gate}, close_timeout=6 * PATIENCE) as server, gate:
+        client, conn = enter(server)
+        with client:
+            client.send("busy")
+            if server_first:
+                say_and_be_read(client, b"", [])
+                conn.close(4000)
+                assert client.close_code() == 4000
+                client.send_frame(CLOSE, close_payload(4000))
+            else:
+                say_and_be_read(client, client_frame(CLOSE, close_payload(4000)), [])
+            flood(client)  # fails if everything is taken
+
+
+def test_who_has_said_its_last_cannot_prolong_it():
+    """Both close frames are sent, a callback is busy, the client goes on and on: close_timeout is not reset by that."""
+    gate = Gate()
+    with serving(callbacks={"/": gate}, close_timeout=1.0) as server, gate:
+        client, conn = enter(server)
+        with client:
+            say_and_be_read(client, b"", ["busy"])
+            conn.close(4000)
+            client.send_frame(CLOSE, close_payload(4000))
+            client.socket.settimeout(0.1)
+            eventually(lambda: goes_on_in_vain(client), what="the end of the connection")
+
+
+def goes_on_in_vain(client):
+    """Whether the server has cut off a client that says something now."""
+    try:
+        client.send_frame(PING)
+        client.read_more()
+    except socket.timeout:
+        return False
+    except (EOFError, OSError):
+        return True
+    return False
+
+
 # ---- Messages that nobody wants ----------------------------------------------------------------------------
 
 
