@@ -4,11 +4,16 @@ import gc
 import json
 import logging
 import queue
+import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 
@@ -25,6 +30,7 @@ from clients import (
     close_payload,
     enter,
     everybody_has_left,
+    exchange,
     frame_head,
     serving,
     still_reaches,
@@ -662,6 +668,63 @@ def burst(numbers, size=3 * KIB):
     return [("burst", [number, "x" * size]) for number in numbers]
 
 
+# ---- Slow clients ------------------------------------------------------------------------------------------
+
+
+def closed_by_server(server):
+    """How many connections the server says, on /metrics, that it closed, by the reason."""
+    page = exchange(server.url, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").body
+    return dict(re.findall(r'^wsqueue_closed_total\{reason="(\w+)"\} (\d+)$', page, re.MULTILINE))
+
+
+def read_out(client):
+    """The messages that are still to come, and the code and the reason of the close frame behind them."""
+    messages = []
+    for opcode, payload in iter(client.read_frame, None):
+        if opcode == CLOSE:
+            return messages, int.from_bytes(payload[:2], "big"), payload[2:].decode()
+        messages.append(payload)
+    raise AssertionError("read_frame() returned None")
+
+
+STALLS = {
+    "outbox": {"outbox_bytes": 256 * KIB, "send_timeout": 60.0},
+    "send_timeout": {"outbox_bytes": 64 * KIB * KIB, "send_timeout": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", STALLS)
+def test_a_client_that_stalls_and_then_reads_on_learns_why_it_was_closed(kind, caplog):
+    """Whole events without a gap, then 1013 and the reason: counted once and logged once, whatever is sent after."""
+    with serving(**STALLS[kind], close_timeout=6 * PATIENCE) as server:
+        client, conn = enter(server, receive_buffer=4 * KIB)
+        with client:
+            sent = 0
+            while sent < 100 and conn.is_connected():
+                server.broadcast("big", [sent, "x" * 64 * KIB])
+                sent += 1
+            eventually(lambda: not conn.is_connected(), what="the stalled client to be given up")
+            server.broadcast("big", "too late")
+            messages, code, reason = read_out(client)
+            numbers = [json.loads(message)["payload"][0] for message in messages]
+            assert numbers == list(range(sent))[: len(numbers)] and len(numbers) >= sent - 1
+            assert (code, reason[:10]) == (1013, "too slow: ") and kind in reason
+        assert closed_by_server(server) == {kind: "1"}
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_who_was_closed_for_being_slow_is_cut_off_if_it_does_not_read_on(caplog):
+    """It has close_timeout for what waits, and that is neither counted nor logged a second time."""
+    with serving(**STALLS["outbox"], close_timeout=0.3) as server:
+        client, conn = enter(server, receive_buffer=4 * KIB)
+        with client:
+            while conn.is_connected():
+                server.broadcast("big", "x" * 64 * KIB)
+            eventually(lambda: conn not in server._io._parked, what="the connection to be cut off")
+        assert closed_by_server(server) == {"outbox": "1"}
+    assert len(warnings_of(caplog)) == 1
+
+
 # ---- The silent --------------------------------------------------------------------------------------------
 
 
@@ -687,6 +750,42 @@ def test_a_peer_that_talks_need_not_answer_pings():
             assert client.read_frame() == (PING, b"")
             client.send("still here")
         assert still_reaches(server, client)
+
+
+LISTENER = """
+import sys
+from websockets.sync.client import connect
+with connect(sys.argv[1], ping_interval=None, compression=None) as client:
+    for message in client:
+        print(message, flush=True)
+"""
+
+
+@contextmanager
+def listening_process(url):
+    """A client in a process of its own, which prints what it gets and answers pings."""
+    command = [sys.executable, "-c", LISTENER, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # also a stopped one
+            process.communicate()
+
+
+def test_a_process_that_stops_is_gone_and_counted_once(caplog):
+    """Its machine still takes what is sent, and it answers no ping: after ping_timeout it is no client any more."""
+    with serving(ping_interval=0.3, ping_timeout=1.0 * TIME_UNIT) as server:
+        with listening_process(server.url) as dead, listening_process(server.url) as alive:
+            eventually(lambda: server.get_connection_count() == 2, 3 * PATIENCE, what="both clients")
+            dead.send_signal(signal.SIGSTOP)
+            eventually(lambda: server.get_connection_count() == 1, what="the stopped client to be gone")
+            server.broadcast("still", "here")
+            assert json.loads(alive.stdout.readline())["payload"] == "here"
+            assert server.get_connection_count() == 1
+            assert closed_by_server(server) == {"ping_timeout": "1"}
+    assert len(warnings_of(caplog)) == 1
+    assert "ping_timeout" in caplog.text
 
 
 # ---- Violations --------------------------------------------------------------------------------------------
