@@ -101,6 +101,7 @@ SPARE_FILES = 16          # descriptors that clients do not get: without them th
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
 STANDBY_SECONDS = 0.5     # how often a server that stands by looks whether the one that serves has gone
 DEFLATE_LEVEL = 6         # zlib's default; 9 takes twice the time for 1 % less
+FINAL_BLOCKS = 64         # in a compressed message: each costs a new zlib stream, and a client needs two bytes for one
 
 
 class Setting(NamedTuple):
@@ -1114,7 +1115,7 @@ class _Inflater:
     def __init__(self) -> None:
         import zlib
 
-        self._zlib, self._stream = zlib, zlib.decompressobj(-15)
+        self._zlib, self._stream, self._streams = zlib, zlib.decompressobj(-15), 1
 
     def inflate(self, piece: bytes, most: int) -> bytes:
         """The next bytes, `most` of them at most; there may then be more, and the message is of no use."""
@@ -1122,7 +1123,9 @@ class _Inflater:
         try:
             while piece and len(inflated) < most:  # 0 would be no limit
                 if self._stream.eof:  # a final block ends zlib's stream, but not the message (section 7.2.1)
-                    self._stream = self._zlib.decompressobj(-15)
+                    self._stream, self._streams = self._zlib.decompressobj(-15), self._streams + 1
+                    if self._streams > FINAL_BLOCKS:
+                        raise ProtocolError(POLICY_VIOLATION, f"more than {FINAL_BLOCKS} final blocks in a message")
                 inflated += self._stream.decompress(piece, most - len(inflated))
                 piece = self._stream.unused_data
         except self._zlib.error:

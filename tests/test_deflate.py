@@ -329,6 +329,13 @@ def test_one_byte_beyond_the_limit_is_too_big():
     assert parse(frames, max_bytes=1001) == [(BINARY, bytes(1000) + b"x")]
 
 
+def test_final_blocks_without_end_are_refused():
+    """Two bytes cost the server a new zlib stream: 64 of them in a message are plenty, and 1008 is for more."""
+    few, many = (compressed_frame(final_blocks(*[b""] * count), BINARY) for count in (60, 70))
+    assert parse(few) == [(BINARY, b"")]
+    assert refused(many) == 1008
+
+
 def test_final_blocks_add_up_to_the_limit():
     """Who starts over behind a final block does not start over with max_bytes."""
     two, three = (compressed_frame(final_blocks(*[bytes(400)] * count), BINARY) for count in (2, 3))
