@@ -92,6 +92,8 @@ SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary
 FAILED_FILES = 1000       # kept in failed/; beyond it the oldest tenth goes
 FAILED_SECONDS = 30 * 86400  # and they are kept no longer than that
 UNSENT_BYTES = 128 * KIB   # what the kernel may hold for a client beyond what is on its way to it (tcp(7))
+LAG_SECONDS = 1.0         # how long an event's file is kept for clients that take what they were sent, but slowly
+LAGGING_TICKS = 64        # of at most TICK_BYTES; beyond it, the oldest is not kept for them any longer
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
@@ -376,7 +378,8 @@ class Backlog(NamedTuple):
 class EventQueue(Protocol):
     """The contract of every queue: put() is for producers, the rest for the one thread that consumes.
 
-    take() returns the next events in order, and the same ones again after a crash, until done() is called for them.
+    take() returns the next events in order, each once; those for which done() was not called come again after a crash,
+    or after retake().
     wait() returns after `timeout` seconds, or earlier when there may be something to take or wake() is called, which
     any thread may do. All raise QueueError with a remedy.
     """
@@ -385,6 +388,7 @@ class EventQueue(Protocol):
     def open(self) -> None: ...
     def take(self, max_bytes: int = TICK_BYTES) -> list[Event]: ...
     def done(self, events: Iterable[Event]) -> None: ...
+    def retake(self) -> None: ...
     def wait(self, timeout: float) -> None: ...
     def wake(self) -> None: ...
     def backlog(self) -> Backlog: ...
@@ -669,6 +673,7 @@ class DirectoryQueue:
         self._poll = select.poll()  # lighter than a selector, ten times a second
         self._poll.register(self._waker, select.POLLIN)
         self._pending: list[tuple[int, str]] = []  # the scan, last first; what take() has not reached
+        self._taken: set[str] = set()  # and not done
         self._suspects: dict[str, _Suspect] = {}  # did not parse
         self._ahead: dict[str, float] = {}  # stamped at or after the scan that found it -> first seen
         self._stuck: dict[str, Any] = {}  # cannot be removed, or set aside -> signature, whether it was sent
@@ -741,14 +746,21 @@ class DirectoryQueue:
                     break  # these first; then the trouble
                 raise
             self._pending.pop()
-            taken += events
-            size += sum(len(event.text) for event in events)
+            if events:
+                self._taken.add(name)
+                taken += events
+                size += sum(len(event.text) for event in events)
         return self._drop_stale(taken) if self._max_age else taken
 
     def done(self, events: Iterable[Event]) -> None:
         for name, signature in dict.fromkeys(event.source for event in events):
+            self._taken.discard(name)
             if signature == self._signature(name):  # else a new event has taken its name meanwhile
                 self._remove(name)
+
+    def retake(self) -> None:
+        self._taken.clear()
+        self._pending.clear()
 
     def backlog(self) -> Backlog:
         """Of the directory as it is now; any process may ask."""
@@ -798,7 +810,7 @@ class DirectoryQueue:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep()
-        entries = self._entries()
+        entries = [entry for entry in self._entries() if entry[1] not in self._taken]
         if self._stuck or self._suspects or self._ahead:
             present = {name for _, name in entries}
             for memory in (self._stuck, self._suspects, self._ahead):
@@ -2614,19 +2626,28 @@ class WebSocketServer:
         self._fan_out([make_event(event, payload, to, time.time())])
 
     def _consume(self, queue: EventQueue) -> None:
+        owed: deque[_Owed] = deque()  # sent, but not taken by all; the oldest first
         while not self._stopping.is_set():
             try:
                 events = queue.take()
                 if events:
-                    self._pace(self._fan_out(events), sum(len(event.text) for event in events) >= TICK_BYTES)
-                    queue.done(events)  # only now: a crash repeats an event, it does not lose it
-                    continue
+                    late = self._fan_out(events)
+                    self._pace(late, sum(len(event.text) for event in events) >= TICK_BYTES)
+                    owed.append(_Owed(events, late, time.monotonic() + LAG_SECONDS))
+                while owed and (len(owed) > LAGGING_TICKS or owed[0].is_settled(time.monotonic())):
+                    queue.done(owed.popleft().events)  # only now: a crash repeats an event, it does not lose it
                 self._trouble = ""
+                if events:
+                    continue
             except Exception as error:
                 if str(error) != self._trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
                 self._trouble = str(error)
+                owed.clear()
+                queue.retake()
             queue.wait(self._settings.poll_interval)
+        for entry in owed:
+            queue.done(entry.events)  # the I/O thread flushes what waits
 
     def _fan_out(self, events: Iterable[Event]) -> set[Connection]:
         """Send events, joined into one buffer for each run with the same audience; returns for whom something waits."""
@@ -2645,16 +2666,32 @@ class WebSocketServer:
     def _pace(self, late: set[Connection], more: bool) -> None:
         """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
 
-        Also, what the kernel has is sent even if we are killed now; what our outboxes have is not, but is still queued.
-        If most lag, the machine is busy, and to wait is all there is to do. A few who lag are slow: while more is
-        queued, they may hold up the others to 256 KiB/s, and else no longer than an eye notices. Who takes nothing is
-        not waited for twice; tick() closes it.
+        If all lag, or most do in a burst, the machine is busy, and to wait is all there is to do. A few who lag in a
+        burst are slow, and may hold up the others to 256 KiB/s. Where no more is queued, nobody waits but for those
+        whose outbox is half full, and no longer than an eye notices. Who takes nothing is not waited for; tick()
+        closes it.
         """
         everyone, most = len(late) >= len(self.registry), len(late) * 2 > len(self.registry)
         grace, patience = (1.0, 5.0) if everyone or (more and most) else (1.0, 1.0) if more else (0.05, 0.05)
+        if patience < 1.0:
+            late = {conn for conn in late if conn._pending * 2 > self._settings.outbox_bytes}
         deadline = time.monotonic() + patience
         while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
             late = {conn for conn in late if conn.keeps_up(time.monotonic(), grace)}
+
+
+class _Owed(NamedTuple):
+    """Events that some clients lag with.
+
+    What the kernel has is sent even if we are killed now; what our outboxes have is not, but is still queued.
+    """
+
+    events: list[Event]
+    late: set[Connection]
+    deadline: float  # monotonic
+
+    def is_settled(self, now: float) -> bool:
+        return now >= self.deadline or not any(conn.keeps_up(now, LAG_SECONDS) for conn in self.late)
 
 
 def _by_window(audience: list[Connection], compress: bool) -> Iterable[tuple[int, list[Connection]]]:
