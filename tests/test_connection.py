@@ -406,11 +406,17 @@ class Gate:
         self._open.set()
 
 
-def say_and_be_read(client, last, messages=("one", "two", "three")):
-    """Send messages, and the last of what the client has to say, and wait until the server has read that."""
-    data = b"".join(client_frame(TEXT, message.encode()) for message in messages)
-    client.socket.sendall(data + client_frame(PING, b"read?") + last)  # in one piece, so it is read in one, too
-    assert client.read_frame() == (PONG, b"read?")
+def say_last(client, conn, last, messages=("one", "two", "three")):
+    """Send messages, and the last of what the client has to say; returns once the server has read all that."""
+    client.socket.sendall(b"".join(client_frame(TEXT, message.encode()) for message in messages) + last)
+    eventually(lambda: conn._last_frame, what="the server to read the end")  # nothing tells a client that it has
+
+
+def make_busy(client):
+    """Keep a callback busy with the client, until its gate opens."""
+    client.send("busy")
+    client.send_frame(PING)
+    assert client.read_frame() == (PONG, b"")  # so the message in front of it has been read
 
 
 LAST_WORDS = {
@@ -428,8 +434,9 @@ def test_what_was_said_before_the_end_is_answered_before_the_end(name):
     last, code = LAST_WORDS[name]
     gate = Gate()
     with serving(callbacks={"/": gate}, close_timeout=PATIENCE) as server, gate:
-        with RawClient(server.url) as client:
-            say_and_be_read(client, last)
+        client, conn = enter(server)
+        with client:
+            say_last(client, conn, last)
             gate.open()
             assert [client.recv() for _ in range(3)] == ["one", "two", "three"]
             assert client.read_close()[0] == code
@@ -446,8 +453,9 @@ def test_a_callback_may_answer_the_last_message_with_a_close():
         conn.close(4004, "enough")
 
     with serving(callbacks={"/": callback}, close_timeout=PATIENCE) as server, gate:
-        with RawClient(server.url) as client:
-            say_and_be_read(client, client_frame(CLOSE, close_payload(1000)), ["only"])
+        client, conn = enter(server)
+        with client:
+            say_last(client, conn, client_frame(CLOSE, close_payload(1000)), ["only"])
             gate.open()
             assert client.recv() == "only"
             assert client.read_close() == (4004, "enough")
@@ -460,8 +468,9 @@ def test_a_callback_that_never_returns_does_not_keep_its_connection(name):
     last, code = LAST_WORDS[name]
     gate = Gate()
     with serving(callbacks={"/": gate}, close_timeout=0.3) as server, gate:
-        with RawClient(server.url) as client:
-            say_and_be_read(client, last)
+        client, conn = enter(server)
+        with client:
+            say_last(client, conn, last)
             assert client.read_close()[0] == code
             assert client.ended()
         everybody_has_left(server)
@@ -474,14 +483,10 @@ def test_who_has_said_its_last_is_not_read_any_more(server_first):
     with serving(callbacks={"/": gate}, close_timeout=6 * PATIENCE) as server, gate:
         client, conn = enter(server)
         with client:
-            client.send("busy")
             if server_first:
-                say_and_be_read(client, b"", [])
+                make_busy(client)
                 conn.close(4000)
-                assert client.close_code() == 4000
-                client.send_frame(CLOSE, close_payload(4000))
-            else:
-                say_and_be_read(client, client_frame(CLOSE, close_payload(4000)), [])
+            say_last(client, conn, client_frame(CLOSE, close_payload(4000)), [] if server_first else ["busy"])
             flood(client)  # fails if everything is taken
 
 
@@ -491,9 +496,9 @@ def test_who_has_said_its_last_cannot_prolong_it():
     with serving(callbacks={"/": gate}, close_timeout=1.0) as server, gate:
         client, conn = enter(server)
         with client:
-            say_and_be_read(client, b"", ["busy"])
+            make_busy(client)
             conn.close(4000)
-            client.send_frame(CLOSE, close_payload(4000))
+            say_last(client, conn, client_frame(CLOSE, close_payload(4000)), [])
             client.socket.settimeout(0.1)
             eventually(lambda: goes_on_in_vain(client), what="the end of the connection")
 
@@ -775,7 +780,7 @@ def listening_process(url):
 
 def test_a_process_that_stops_is_gone_and_counted_once(caplog):
     """Its machine still takes what is sent, and it answers no ping: after ping_timeout it is no client any more."""
-    with serving(ping_interval=0.3, ping_timeout=1.0 * TIME_UNIT) as server:
+    with serving(ping_interval=0.3, ping_timeout=1.5 * TIME_UNIT) as server:
         with listening_process(server.url) as dead, listening_process(server.url) as alive:
             eventually(lambda: server.get_connection_count() == 2, 3 * PATIENCE, what="both clients")
             dead.send_signal(signal.SIGSTOP)

@@ -343,6 +343,14 @@ def test_final_blocks_add_up_to_the_limit():
     assert refused(three, max_bytes=1000) == 1009
 
 
+@pytest.mark.parametrize("text, code", [(b"\xff" + b"a" * 2000, 1007), (b"a" * 2000 + b"\xff", 1009)])
+def test_what_is_wrong_first_is_what_counts(text, code):
+    """A text that is not UTF-8 and too big is refused for what comes first in it, in whatever pieces it comes."""
+    data = compressed_frame(deflate(text))
+    assert refused(data, max_bytes=1000) == code
+    assert run_deflating_parser(one_by_one(data), max_bytes=1000) == ([], code)
+
+
 def test_a_limit_is_for_each_message():
     """What one message inflated to is not held against the next."""
     frame = compressed_frame(deflate(bytes(1000)), BINARY)
@@ -370,6 +378,8 @@ def test_what_does_not_compress_may_have_the_largest_size(level, strategy):
         payload = deflate(NOISE[:size], level=level, window=window, memory=memory, strategy=strategy)
         assert len(payload) > size
         assert parse(compressed_frame(payload, BINARY), max_bytes=size) == [(BINARY, NOISE[:size])]
+        fragments = compressed_frame(payload[:9], BINARY, fin=False) + client_frame(CONTINUATION, payload[9:])
+        assert parse(fragments, max_bytes=size) == [(BINARY, NOISE[:size])]
 
 
 def fixed_block(data):
