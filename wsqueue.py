@@ -1740,23 +1740,22 @@ def send_to_all(audience: Iterable[Connection], data: bytes) -> list[Connection]
                 lock.release()
                 lock = conn._lock
                 lock.acquire()
-            sent = 0
+            sent = -1  # not begun
             if not conn._pending and conn._state == OPEN:
                 try:
                     sent = conn._sock.send(data)
+                except BlockingIOError:
+                    sent = 0
                 except OSError:
-                    pass  # would block, or is gone: send_frames() finds out
+                    pass  # it is gone: send_frames() finds out
             if sent != size:
                 unfinished.append((conn, sent))
-                if sent:
+                if sent >= 0:  # while the lock is held: what TLS has begun to send must go on with the same bytes
                     conn._enqueue(memoryview(data)[sent:])
     finally:
         lock.release()
     for conn, sent in unfinished:
-        if sent:
-            conn._host.refresh(conn)
-        else:
-            conn.send_frames(data)
+        conn.send_frames(data) if sent < 0 else conn._host.refresh(conn)
     return [conn for conn, _ in unfinished]
 
 

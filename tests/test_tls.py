@@ -24,10 +24,12 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from websockets.sync.client import connect
 
+import wsqueue
 from clients import (
     CLOSE,
     LIBRARIES,
     PATIENCE,
+    TEXT,
     RawClient,
     Reader,
     close_payload,
@@ -40,7 +42,7 @@ from clients import (
     still_reaches,
 )
 from helpers import TIME_UNIT, eventually, run_cli, spawn_server
-from wsqueue import SettingError, WebSocketServer, queue_event, queue_events
+from wsqueue import SettingError, WebSocketServer, encode_frame, queue_event, queue_events, send_to_all
 
 KIB = 1024
 RECORD = 16 * KIB  # the most that one TLS record holds
@@ -492,6 +494,33 @@ def test_a_slow_client_is_closed_and_the_others_get_everything(certificate, dire
             assert still_reaches(server, other)
     assert len(louder_than_info(caplog)) == 1
     assert "outbox_bytes" in caplog.text
+
+
+def broadcast_in_turns(conn, other):
+    """Until `conn` can take no more, broadcasts and a message of its own in turns; returns what it is to receive."""
+    expected, late = [], []
+
+    def audience():
+        yield conn
+        yield other
+        conn.send(expected[-1])  # as another thread may: the broadcast has let go of its lock, and is not yet done
+
+    while conn not in late:
+        expected += [f"broadcast {len(expected)} ".ljust(RECORD - 100, "x"), f"message {len(expected)}"]
+        late = send_to_all(audience(), encode_frame(TEXT, expected[-2].encode()))
+    return expected
+
+
+def test_bytes_of_another_thread_do_not_get_into_a_record(certificate, monkeypatch):
+    """What OpenSSL has begun to send has to be sent before anything else, whichever thread comes next."""
+    monkeypatch.setattr(wsqueue, "SHARED_LOCK", 1)
+    with serving(outbox_bytes=64 * KIB * KIB, **certificate) as server, SecureClient(server.url):
+        with SecureClient(server.url, receive_buffer=4 * KIB) as client:
+            clients_arrived(server, 2)
+            other, conn = server.get_connections()
+            for _ in range(3):
+                expected = broadcast_in_turns(conn, other)
+                assert [client.recv() for _ in expected] == expected
 
 
 # ---- The end -----------------------------------------------------------------------------------------------
