@@ -2117,7 +2117,7 @@ def tls_context(certificate: str, key: str) -> Any:
         def send(self, data: Any, flags: int = 0) -> int:
             try:
                 return super().send(data)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except ssl.SSLWantWriteError:  # SSLWantReadError: no keys yet, and a selector would return at once
                 raise BlockingIOError from None
 
         def shutdown(self, how: int) -> None:

@@ -42,7 +42,7 @@ from clients import (
     still_reaches,
 )
 from helpers import TIME_UNIT, eventually, run_cli, spawn_server
-from wsqueue import SettingError, WebSocketServer, encode_frame, queue_event, queue_events, send_to_all
+from wsqueue import Connection, SettingError, WebSocketServer, encode_frame, queue_event, queue_events, send_to_all
 
 KIB = 1024
 RECORD = 16 * KIB  # the most that one TLS record holds
@@ -320,6 +320,16 @@ def test_200_handshakes_that_do_not_go_on_cost_no_thread(certificate):
             assert still_reaches(server, client)
             assert threading.active_count() == threads
         assert [read_to_end(sock) for sock in silent] == [b""] * 200
+
+
+def test_the_end_of_a_silent_handshake_is_tried_once(certificate, monkeypatch):
+    """No answer can be sent without keys; a server that waited until it can would be busy with nothing else."""
+    flushed, flush = [], Connection.flush
+    monkeypatch.setattr(Connection, "flush", lambda conn: flushed.append(conn) or flush(conn))
+    with serving(handshake_timeout=0.2, **certificate) as server, ExitStack() as stack:
+        silent = [stack.enter_context(open_socket(server.url)) for _ in range(10)]
+        assert [read_to_end(sock) for sock in silent] == [b""] * 10
+    assert len(flushed) <= 20
 
 
 # ---- Strangers ---------------------------------------------------------------------------------------------
