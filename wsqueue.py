@@ -1609,7 +1609,7 @@ class Connection:
                 log.info("%s:%s left during the handshake: %s", *self.address, error)
             data = b""
         if not data:
-            self.abort()
+            self.wind_down(LINGERING) or self.abort()  # the former tells our end, as TLS has to (RFC 8446, section 6.1)
             return
         self._heard_at, self._pinged_at = now, 0.0
         self.receive(data)

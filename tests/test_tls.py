@@ -382,7 +382,12 @@ def reset(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-DEPARTURES = (send_garbage, send_half_a_record, vanish, reset)
+def close_properly(sock):
+    """close_notify, which the server has to answer (RFC 8446, section 6.1)."""
+    assert sock.unwrap().recv(1) == b""
+
+
+DEPARTURES = (send_garbage, send_half_a_record, vanish, reset, close_properly)
 
 
 def open_descriptors():
