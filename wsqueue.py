@@ -1303,6 +1303,10 @@ def accept_key(key: str) -> str:
 # each use of the socket, because a TLS object bears one thread at a time. Promises: send() never waits, and what waits
 # to be sent is bounded.
 
+_TLS_TROUBLE = {  # OpenSSL's reasons, where somebody can do something about them
+    "HTTP_REQUEST": "it sent plain HTTP or ws:// to a port that speaks TLS: use wss://, and https:// for a page",
+}
+
 
 class Request(NamedTuple):
     """An HTTP request's head."""
@@ -1606,7 +1610,8 @@ class Connection:
             return
         except OSError as error:
             if self._state == GREETING:
-                log.info("%s:%s left during the handshake: %s", *self.address, error)
+                why = _TLS_TROUBLE.get(getattr(error, "reason", ""), error)
+                log.info("%s:%s left during the handshake: %s", *self.address, why)
             data = b""
         if not data:
             self.wind_down(LINGERING) or self.abort()  # the former tells our end, as TLS has to (RFC 8446, section 6.1)

@@ -341,6 +341,26 @@ def whatever_comes(sock):
         read_to_end(sock)
 
 
+PLAIN = {
+    "ws://": handshake(),
+    "http://": b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a form": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n1",
+}
+
+
+@pytest.mark.usefixtures("witness")
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_http_is_named_in_the_log(server, name, caplog):
+    """It ends, and the log says in a user's words what came, and what to use instead; at INFO."""
+    caplog.set_level(logging.INFO, "wsqueue")
+    with open_socket(server.url) as sock:
+        sock.sendall(PLAIN[name])
+        whatever_comes(sock)
+    said = eventually(lambda: [text for text in texts(caplog) if "plain HTTP" in text], what="a log line")
+    assert len(said) == 1 and "wss://" in said[0] and "SSL" not in said[0]
+    assert louder_than_info(caplog) == []
+
+
 @pytest.mark.usefixtures("witness")
 @pytest.mark.parametrize("data", [b"\x16\x03\x01", b"SSH-2.0-OpenSSH_9\r\n", bytes(range(256)) * 1000],
                          ids=["the beginning of a record", "words", "binary"])
