@@ -1305,6 +1305,8 @@ def accept_key(key: str) -> str:
 
 _TLS_TROUBLE = {  # OpenSSL's reasons, where somebody can do something about them
     "HTTP_REQUEST": "it sent plain HTTP or ws:// to a port that speaks TLS: use wss://, and https:// for a page",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; is it ws://?",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted (SSL_CERT_FILE can name a CA): {.verify_message}",
 }
 
 
@@ -2905,7 +2907,8 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
     except (socket.timeout, http.client.HTTPException) as error:
         raise ServerError(f"{url} does not answer as a WebSocket server does") from error
     except (OSError, ValueError) as error:
-        raise ServerError(f"cannot connect to {url}: {error}") from error
+        why = _TLS_TROUBLE.get(getattr(error, "reason", ""), "{}").format(error)
+        raise ServerError(f"cannot connect to {url}: {why}") from error
     return client.sock, answer
 
 

@@ -733,6 +733,15 @@ def test_listen_trusts_the_authority_that_is_named(certificate, authority_file):
     assert json.loads(done.stdout) == {"event": "welcome"}
 
 
+def test_listen_says_what_to_do_about_a_certificate_it_does_not_trust(server, tmp_path):
+    """Status 1, and a sentence that names the reason and SSL_CERT_FILE, and no line of a C program."""
+    STRANGER.cert_pem.write_to_path(tmp_path / "stranger.pem")
+    done = run_cli("listen", server.url, env=environment(SSL_CERT_FILE=str(tmp_path / "stranger.pem")))
+    said = sentence(done, 1)
+    assert server.url in said and "certificate" in said and "SSL_CERT_FILE" in said
+    assert "_ssl.c" not in said
+
+
 def test_listen_checks_the_name_in_the_certificate(tmp_path, authority_file):
     """A certificate of a trusted authority for somebody else is none."""
     somebody = AUTHORITY.issue_cert("shop.example")
@@ -740,3 +749,10 @@ def test_listen_checks_the_name_in_the_certificate(tmp_path, authority_file):
     with serving(tls_cert=str(tmp_path / "both.pem")) as server:
         said = sentence(run_cli("listen", server.url, env=environment(SSL_CERT_FILE=authority_file)), 1)
     assert "127.0.0.1" in said and "not valid for" in said
+
+
+def test_listen_says_that_a_port_does_not_speak_tls():
+    """wss:// to a server without a certificate: status 1, and a sentence that names ws://."""
+    with serving() as server:
+        said = sentence(run_cli("listen", server.url.replace("ws://", "wss://")), 1)
+    assert "ws://" in said.replace("wss://", "") and "_ssl.c" not in said
