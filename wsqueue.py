@@ -2526,8 +2526,14 @@ class WebSocketServer:
         settings = self._settings
         page = self._page(request)
         if page:
+            if not self._pages.acquire(blocking=False):
+                raise HandshakeError("503 Service Unavailable", "Too many ask for this at once.", Retry_After="1")
             conn.wind_down(ANSWERING)
-            self._spawn(self._answer_page, conn, page)
+            try:
+                self._spawn(self._answer_page, conn, page)
+            except RuntimeError:  # no thread: the next may be luckier
+                self._pages.release()
+                raise
             return
         key = websocket_key(request)
         check_origin(request, settings.allowed_origins)
@@ -2594,9 +2600,6 @@ class WebSocketServer:
         return pages.get(request.path) if request.method == "GET" and "upgrade" not in request.headers else None
 
     def _answer_page(self, conn: Connection, page: Callable[[], bytes]) -> None:
-        if not self._pages.acquire(blocking=False):
-            conn.refuse(HandshakeError("503 Service Unavailable", "Too many ask for this at once.", Retry_After="1"))
-            return
         try:
             conn.wind_down(LINGERING, page())
         except Exception:

@@ -409,6 +409,25 @@ def pages_are_done():
     eventually(lambda: "wsqueue-handler" not in [thread.name for thread in threading.enumerate()], what="idle threads")
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the threads that are started from now on."""
+    names, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: names.append(thread.name) or start(thread))
+    return names
+
+
+def test_requests_beyond_the_limit_get_503_and_no_thread(directory, started):
+    """Of 100 requests PAGE_THREADS are worked on, and the others are to come again."""
+    queue = Slow(directory)
+    with serving(queue=queue) as server:
+        with all_busy(server, queue), asking(server, 100 - PAGE_THREADS) as sockets:
+            refused = [parse_answer(read_to_end(sock)) for sock in sockets]
+        assert {(answer.status, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
+        assert started.count("wsqueue-handler") == PAGE_THREADS
+        assert eventually_says(server, status="ok") == HEALTHY
+
+
 def test_many_requests_are_all_answered(directory):
     """100 at once, of a queue as it should be: each gets the page or a 503, and the next one gets the page."""
     with serving(queue=str(directory)) as server, RawClient(server.url) as client:
