@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import wsqueue
 from clients import (
     PATIENCE,
     TEXT,
@@ -26,7 +27,7 @@ from clients import (
 )
 from helpers import eventually, run_cli
 from test_server import has_ipv6
-from wsqueue import PAGE_THREADS, DirectoryQueue, SettingError, WebSocketServer, queue_event, queue_events
+from wsqueue import PAGE_THREADS, DirectoryQueue, SettingError, WebSocketServer, make_event, queue_event, queue_events
 
 KIB = 1024
 HEALTHY = {"status": "ok", "clients": 0, "backlog": 0, "oldest_seconds": 0.0, "failed": 0, "trouble": None}
@@ -155,6 +156,29 @@ def test_health_tells_a_queue_that_cannot_be_read(directory):
         assert eventually_says(server, status="ok") == {**HEALTHY, "clients": 1}
         assert queue_event(str(directory), "e", 1)
         assert client.payloads(1) == [1]
+
+
+class Recovered(DirectoryQueue):
+    """Fails once, and has something to send from then on."""
+
+    failed = False
+
+    def take(self, max_bytes=0):
+        if not self.failed:
+            self.failed = True
+            raise wsqueue.QueueError("gone for a moment")
+        time.sleep(0.001)
+        return [make_event("e", None, None, 0.0)]
+
+    def done(self, events):
+        """Nothing has to be removed."""
+
+
+def test_trouble_is_over_once_events_flow(directory):
+    """A queue that is never empty again is well all the same."""
+    with serving(queue=Recovered(str(directory))) as server:
+        eventually_counts(server, {"wsqueue_clients": 0.0})
+        assert eventually_says(server, status="ok")["trouble"] is None
 
 
 # ---- /metrics ----------------------------------------------------------------------------------------------
