@@ -158,7 +158,7 @@ FAULTS = {
     "cuts matter": ("frames", "FrameParser", CutsMatter, "at once"),
     "memory held": ("frames", "FrameParser", KeepsEverything, "bytes held"),
     "memory used": ("frames", "FrameParser", Greedy, "bytes used"),
-    "no limit": ("frames", "FrameParser", Boundless, "bytes in a message"),
+    "no limit": ("frames", "FrameParser", Boundless, "but should be"),
     "a reason that is too short": ("close", "encode_close", short_close, "became"),
     "half a file": ("events", "parse_events", hasty_events, "are understood"),
     "a name": ("names", "name_stamp", exact_stamp, "too many nines"),
