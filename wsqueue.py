@@ -30,10 +30,10 @@ and microseconds), else of the name's leading number (Unix time), else of the fi
 
 Threads: accept (one; it also answers a handshake whose request is here already), I/O (one: every connection is parked
 with it, from the TLS handshake to the last byte), queue (one daemon), handler (one for each handler while it runs),
-up to 16 for on_message callbacks and 4 for monitoring pages, only while there are any, and standby (one, in place of
-all others, while another process serves the queue). Lock order: queue (flock) > the server's lifecycle > registry >
-connection; those of an inbox and of the totals are leaves. User code runs under no lock; nothing is logged under the
-registry's or a connection's, and sending takes the connection's alone.
+up to 16 for on_message callbacks, only where there are any, and standby (one, in place of all others, while another
+process serves the queue). Lock order: fork > the server's lifecycle > registry > connection; those of an inbox and of
+the totals are leaves, and the queue's flock is not waited for. User code runs under no lock; nothing is logged under
+the registry's or a connection's, and sending takes the connection's alone.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
@@ -84,8 +84,10 @@ KIB, MIB = 1024, 1024 * 1024
 TICK_BYTES = 256 * KIB    # events joined into one write: larger adds memory, not speed
 READ_BYTES = 64 * KIB     # one recv
 HEAD_BYTES = 16 * KIB     # an HTTP request head; browsers send under 1 KiB, cookies can make it 8
+HEAD_LINES = 101          # the request's line and its headers; browsers send 20
 HALF_OPEN = 4096          # connections still in the handshake; beyond it the oldest makes room
-IDLE_FRAMES = 1000        # a second, of 16 KiB: pings, pongs, and messages that nobody consumes; more is a flood
+IDLE_FRAMES = 1000        # a second, of 16 KiB: pings, pongs, scraps, messages that nobody consumes; more is a flood
+SCRAP_BYTES = 64          # a smaller fragment is a scrap: one message may be megabytes of them, and cost as much
 HOLD_TICKS = 2            # polls that a batch waits for a file which is still being written, or stamped ahead
 GIVE_UP_SECONDS = 2.0     # a file that does not parse and does not change for so long is broken, not unfinished
 SWEEP_SECONDS = 3600.0    # how often, and from what age on, left-over temporary files are removed
@@ -96,8 +98,9 @@ LAG_SECONDS = 1.0         # how long an event's file is kept for clients that ta
 LAGGING_TICKS = 64        # of at most TICK_BYTES; beyond it, the oldest is not kept for them any longer
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
+INBOX_BYTES = MIB         # or beyond this much memory; a character takes up to four bytes
 CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
-PAGE_THREADS = 4          # requests for a monitoring page that are answered at the same time
+STALE_SECONDS = 10.0      # a queue thread that has not looked for so long hangs, on a dead file server for example
 SHARED_LOCK = 32          # connections to one lock: a handler's send() waits for as many sends of a broadcast at most
 SPARE_FILES = 16          # descriptors that clients do not get: without them the queue cannot be read
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
@@ -171,7 +174,12 @@ class QueueError(WsqueueError):
 
 
 class QueueInUseError(QueueError):
-    """A queue that another server consumes."""
+    """A queue that another server consumes; `holder` is its process."""
+
+    def __init__(self, directory: str, holder: str) -> None:
+        super().__init__(f"queue directory {directory} is already served by process {holder}; stop that one, or give"
+                         " this one another directory")
+        self.holder = holder
 
 
 class ServerError(WsqueueError):
@@ -398,7 +406,7 @@ class EventQueue(Protocol):
 # Names and stamps. A stamp is an integer: microseconds since the epoch.
 
 _UNIQID = re.compile(r"_([0-9a-f]{8})([0-9a-f]{5})")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"\d{1,300}(?:\.\d+)?")  # a float holds no more
 
 
 class _Names:
@@ -485,6 +493,8 @@ def _publish(directory: str, data: bytes, durable: bool) -> None:
 
 # One consumer.
 
+_FORK_LOCK = threading.RLock()  # held while a descriptor is in no table yet, or no longer; outermost of all locks
+
 
 def _lock_directory(directory: str) -> int:
     """Hold the directory's lock; returns its descriptor. Raises QueueError that names the holder."""
@@ -499,8 +509,7 @@ def _lock_directory(directory: str) -> int:
             except BlockingIOError:
                 time.sleep(patience)
         else:
-            raise QueueInUseError(f"queue directory {directory} is already served by process {_holder(fd)};"
-                                  " stop that one, or give this one another directory")
+            raise QueueInUseError(directory, _holder(fd))
         os.ftruncate(fd, 0)  # not before it is held: the text belongs to the holder
         with contextlib.suppress(OSError):  # a full disk: emptying the queue is what helps
             os.write(fd, b"%d\n" % os.getpid())
@@ -626,7 +635,7 @@ def _signature_of(status: os.stat_result) -> tuple[int, int, int]:
 class _Suspect(NamedTuple):
     """A file that did not parse."""
 
-    first_seen: float  # seconds, monotonic
+    held_until: float  # seconds, monotonic: the batch waits for it so long
     signature: Any
     unchanged_since: float
 
@@ -685,6 +694,13 @@ class DirectoryQueue:
             raise
 
     def _attach(self) -> None:
+        with _FORK_LOCK:
+            self._become_consumer()
+        self._watcher = _watch(self.path) if self._wakeup else None
+        if self._watcher:
+            self._poll.register(self._watcher.fd, select.POLLIN)
+
+    def _become_consumer(self) -> None:
         try:
             os.makedirs(self.path, mode=0o755, exist_ok=True)
             if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
@@ -695,18 +711,16 @@ class DirectoryQueue:
         except OSError as error:
             which = f" ({error.filename})" if error.filename and error.filename != self.path else ""
             raise QueueError(f"cannot use queue directory {self.path}: {error.strerror or error}{which}") from error
-        self._watcher = _watch(self.path) if self._wakeup else None
-        if self._watcher:
-            self._poll.register(self._watcher.fd, select.POLLIN)
 
     def _detach(self) -> None:
-        if self._watcher:
-            self._poll.unregister(self._watcher.fd)
-            self._watcher.close()
-            self._watcher = None
         if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+            with _FORK_LOCK:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
+        watcher, self._watcher = self._watcher, None  # before it is closed, which takes long: a fork may come meanwhile
+        if watcher:
+            self._poll.unregister(watcher.fd)
+            watcher.close()
 
     def close(self) -> None:
         self._detach()
@@ -883,13 +897,13 @@ class DirectoryQueue:
         known = self._suspects.get(name)
         if known is None:
             idle = self._clock() - signature[2] / 1e9 if signature else 0.0
-            known = _Suspect(now - min(max(idle, 0.0), self._hold), signature, now)
+            known = _Suspect(now + max(0.0, self._hold - max(idle, 0.0)), signature, now)  # floats: not now + a - a
         unchanged_since = known.unchanged_since if signature == known.signature else now
         if now - unchanged_since >= GIVE_UP_SECONDS:
             self._set_aside(name, reason)
             return False
-        self._suspects[name] = _Suspect(known.first_seen, signature, unchanged_since)
-        return now - known.first_seen < self._hold
+        self._suspects[name] = _Suspect(known.held_until, signature, unchanged_since)
+        return now < known.held_until
 
     def _signature(self, name: str) -> Any:
         try:
@@ -1100,7 +1114,7 @@ def _window_bits(parameters: list[str]) -> int:
         seen.add(name)
         if name == "server_max_window_bits":
             bits = int(value.strip('"'))
-    return bits if bits > 8 else 0  # zlib has no raw stream with a window of 2^8
+    return bits if bits == 15 else 9 if bits > 8 else 0  # few windows, few compressions; zlib has none of 2^8 bytes
 
 
 _WINDOW = r'=("?)(8|9|1[0-5])\1'
@@ -1166,6 +1180,7 @@ class FrameParser:
         self._buffer = bytearray()
         self._left = -1  # of the frame in hand, bytes that are still to come; -1: its head is
         self._first, self._mask = 0, b""  # of the frame in hand
+        self.scraps = 0  # small fragments; whoever reads it may set it back
         self._begin_message(CONTINUATION)
 
     def _begin_message(self, opcode: int, compressed: bool = False) -> None:
@@ -1181,13 +1196,17 @@ class FrameParser:
         return not self._buffer and self._left < 0 and self._opcode == CONTINUATION
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
-        """TEXT: str; BINARY, PING, PONG: bytes; CLOSE: (code, reason). Raises ProtocolError."""
+        """TEXT: str; BINARY, PING, PONG: bytes; CLOSE: (code, reason). Raises ProtocolError.
+
+        Who iterates may stop: what is left of the data comes with the next call.
+        """
         self._buffer += data
         while self._left >= 0 or self._read_head():
             if self._first & _CONTROL:
                 if len(self._buffer) < self._left:
                     return
                 opcode, payload = self._first & _OPCODE, self._take()
+                self._left = -1  # before the yield, behind which it may not go on
                 yield opcode, decode_close(payload) if opcode == CLOSE else payload
             else:
                 payload = self._take()
@@ -1195,9 +1214,9 @@ class FrameParser:
                 self._extend_message(payload, not last)
                 if self._left:
                     return
+                self._left = -1
                 if last:
                     yield self._finish_message()
-            self._left = -1
 
     def _take(self) -> bytes:
         """What is here of the frame's payload, unmasked and taken off the buffer."""
@@ -1257,6 +1276,7 @@ class FrameParser:
         if first & _OPCODE in (TEXT, BINARY):
             self._begin_message(first & _OPCODE, bool(first & _RSV1))
         self._announced += 0 if first & _CONTROL else size
+        self.scraps += not first & _FIN and size < SCRAP_BYTES
         return True
 
     def _check_start(self, first: int, masked: bool, size: int) -> None:
@@ -1315,18 +1335,26 @@ class Request(NamedTuple):
 
     method: str
     path: str
-    query: dict[str, str]
+    raw_query: str
     headers: dict[str, str]  # names in lower case
+
+    @property
+    def query(self) -> dict[str, str]:
+        from urllib.parse import parse_qsl
+
+        return dict(parse_qsl(self.raw_query, True))
 
 
 def parse_request(head: bytes) -> Request:
     """Parse what stands before the blank line (RFC 9112, sections 2 to 5). Raises HandshakeError."""
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    from urllib.parse import unquote, urlsplit
 
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
-    if len(words) != 3 or not words[0].isalpha() or not words[2].startswith("HTTP/1."):
+    if len(words) != 3 or not words[0].isalpha() or words[2] not in ("HTTP/1.1", "HTTP/1.0"):
         raise HandshakeError("400 Bad Request", "This is not an HTTP/1.1 request.")
+    if len(lines) > HEAD_LINES:
+        raise HandshakeError("431 Request Header Fields Too Large", f"Send at most {HEAD_LINES - 1} header lines.")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
@@ -1339,7 +1367,7 @@ def parse_request(head: bytes) -> Request:
         path = unquote(target.path) or "/"
         if not path.startswith("/"):  # it is a topic, too, and topics without a slash are for handlers to grant
             raise ValueError
-        return Request(words[0], path, dict(parse_qsl(target.query, True)), headers)
+        return Request(words[0], path, target.query, headers)
     except ValueError:
         raise HandshakeError("400 Bad Request", "The target of this request is malformed.") from None
 
@@ -1367,6 +1395,9 @@ class Inbox:
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())  # guards all below
         self._messages: deque[Message] = deque()
+        self._size = 0  # bytes of memory that they take
+        self._was_full = False
+        self.has_room_again = False  # since the message just taken: the connection can be read for a while
         self._closed = False
         self.claimed = False  # a callback thread has it, or is about to
 
@@ -1374,6 +1405,8 @@ class Inbox:
         """Returns whether a callback thread must be found for it."""
         with self._changed:
             self._messages.append(message)
+            self._size += sys.getsizeof(message)
+            self._was_full |= self.full
             self._changed.notify()
             found, self.claimed = claim and not self.claimed, self.claimed or claim
             return found
@@ -1384,18 +1417,20 @@ class Inbox:
                 raise TimeoutError(f"no message within {timeout} s")
             if not self._messages:
                 raise ConnectionClosed("the connection is closed")
-            return self._messages.popleft()
+            return self._pop()
 
     def next(self) -> Message | None:
         """For a callback thread: None gives the inbox back."""
         with self._changed:
             self.claimed = bool(self._messages)
-            return self._messages.popleft() if self._messages else None
+            return self._pop() if self._messages else None
 
-    @property
-    def has_room_again(self) -> bool:
-        """Whether the message just taken was the one too many: the connection can be read again."""
-        return len(self._messages) == INBOX_MESSAGES - 1
+    def _pop(self) -> Message:
+        message = self._messages.popleft()
+        self._size -= sys.getsizeof(message)
+        half_empty = len(self._messages) * 2 <= INBOX_MESSAGES and self._size * 2 <= INBOX_BYTES
+        self.has_room_again, self._was_full = self._was_full and half_empty, self._was_full and not half_empty
+        return message
 
     def close(self) -> None:
         with self._changed:
@@ -1404,27 +1439,26 @@ class Inbox:
 
     @property
     def full(self) -> bool:
-        return len(self._messages) >= INBOX_MESSAGES
+        return len(self._messages) >= INBOX_MESSAGES or self._size >= INBOX_BYTES
 
 
 # A state is only ever left for a later one:
 #   GREETING   the TLS handshake and the HTTP request are to come, within handshake_timeout
-#   ANSWERING  the request is here, and a thread works on the answer; nothing is read meanwhile
 #   OPEN       frames go both ways
 #   CLOSING    our close frame is out (or behind what waits); the peer's is awaited for close_timeout
 #   LINGERING  both are out, or the peer broke the rules, or it has an answer instead of a 101: for LINGER_SECONDS, what
 #              waits is sent, then our end of the stream, and the peer's end awaited: closing with unread data would
 #              send a reset that overtakes the rest
 #   CLOSED     the I/O thread closes the descriptor
-GREETING, ANSWERING, OPEN, CLOSING, LINGERING, CLOSED = range(6)
+GREETING, OPEN, CLOSING, LINGERING, CLOSED = range(5)
 
 
 class Connection:
     """A connected client, as handlers see it. `user` is yours to set."""
 
-    __slots__ = ("__weakref__", "_changed_at", "_head", "_heard_at", "_host", "_idle_frames", "_inbox", "_last_frame",
-                 "_lock", "_outbox", "_parser", "_pending", "_pinged_at", "_progress_at", "_sock", "_state", "_window",
-                 "address", "path", "user")
+    __slots__ = ("__weakref__", "_behind_at", "_changed_at", "_head", "_heard_at", "_host", "_idle_frames", "_inbox",
+                 "_last_frame", "_lock", "_outbox", "_parser", "_pending", "_pinged_at", "_progress_at", "_sock",
+                 "_state", "_window", "address", "path", "user")
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], host: IOThread) -> None:
         sock.setblocking(False)
@@ -1433,7 +1467,7 @@ class Connection:
         self.path = ""
         self.address = address[:2]
         self.user: Any = None
-        self._lock = host.sending_lock()  # guards _state, _outbox, _pending, _progress_at and every use of _sock
+        self._lock = host.sending_lock()  # guards _state, _outbox, _pending, two times of it and every use of _sock
         self._state = GREETING
         self._window = 0  # bits of the window that permessage-deflate was agreed on with; 0: it was not
         self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
@@ -1442,7 +1476,7 @@ class Connection:
         self._inbox: Inbox | None = None  # only while somebody consumes messages
         self._last_frame = b""  # set: the client has said its last; sent once its messages have been worked off
         self._idle_frames = 0  # in this second
-        self._heard_at = self._progress_at = self._changed_at = time.monotonic()
+        self._heard_at = self._behind_at = self._progress_at = self._changed_at = time.monotonic()
         self._pinged_at = 0.0  # 0: no pong is awaited
 
     # For handlers: any thread.
@@ -1503,6 +1537,8 @@ class Connection:
 
     def send_frames(self, data: bytes | memoryview) -> int:
         """Send encoded frames. Returns the bytes that now wait, or -1 if the connection is not open."""
+        if self._state == CLOSED:  # not even its lock can be had, in a forked child
+            return -1
         with self._lock:
             if self._state != OPEN:
                 return -1
@@ -1516,7 +1552,8 @@ class Connection:
                 if sent == len(data) and self._state == OPEN:
                     return 0
                 data = memoryview(data)[sent:]  # no copy: thousands may wait for the rest of the same buffer
-            too_slow = self._pending > self._host.settings.outbox_bytes
+            entries = len(self._outbox) if self._outbox else 0  # each costs its 250 bytes, whatever it holds
+            too_slow = max(self._pending, 250 * entries) > self._host.settings.outbox_bytes
             if not too_slow and data:
                 self._enqueue(data)
         if too_slow:
@@ -1526,7 +1563,8 @@ class Connection:
 
     def _enqueue(self, data: bytes | memoryview) -> None:
         if self._outbox is None:
-            self._outbox, self._progress_at = deque(), time.monotonic()
+            self._outbox = deque()
+            self._behind_at = self._progress_at = time.monotonic()
         self._outbox.append(data)
         self._pending += len(data)
 
@@ -1554,8 +1592,9 @@ class Connection:
             self._state = CLOSED
 
     def keeps_up(self, now: float, grace: float) -> bool:
-        """Whether it is worth waiting for: it has something to take, and takes it."""
-        return self._state == OPEN and self._pending > 0 and now - self._progress_at < grace
+        """Whether it is worth waiting for: it has something to take, takes it, and has not lagged for too long."""
+        return (self._state == OPEN and self._pending > 0 and now - self._progress_at < grace
+                and now - self._behind_at < self._host.settings.send_timeout)
 
     # Changing the state: any thread.
 
@@ -1568,6 +1607,8 @@ class Connection:
 
     def wind_down(self, state: int, last: bytes = b"") -> bool:
         """Go to a later state; `last` is the last thing sent: a close frame, or an HTTP response. False: too late."""
+        if self._state == CLOSED:
+            return False
         with self._lock:
             if state <= self._state:
                 return False
@@ -1600,7 +1641,7 @@ class Connection:
     def interest(self) -> int:
         """What a selector should wait for."""
         inbox = self._inbox  # its handler may end meanwhile
-        deaf = self._state == ANSWERING or (self._state < LINGERING and self._last_frame) or (
+        deaf = (self._state < LINGERING and self._last_frame) or (
             self._state == OPEN and inbox is not None and inbox.full)
         return (0 if deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._pending else 0)
 
@@ -1616,7 +1657,8 @@ class Connection:
                 log.info("%s:%s left during the handshake: %s", *self.address, why)
             data = b""
         if not data:
-            self.wind_down(LINGERING) or self.abort()  # the former tells our end, as TLS has to (RFC 8446, section 6.1)
+            if not self.wind_down(LINGERING):  # which tells our end, as TLS has to (RFC 8446, section 6.1)
+                self.abort()
             return
         self._heard_at, self._pinged_at = now, 0.0
         self.receive(data)
@@ -1625,15 +1667,24 @@ class Connection:
         """Act on what the client sent."""
         if self._state == GREETING:
             data = self.greet(data)
-        if not data or self._state < OPEN:
-            return
+        if data and self._state >= OPEN:
+            self._parse(data)
+
+    def resume(self) -> None:
+        """Go on with what was received when there was no room for its messages."""
+        if self._parser is not None and self.interest() & selectors.EVENT_READ:
+            self._parse(b"")
+
+    def _parse(self, data: bytes) -> None:
         parser = self._parser or FrameParser(masked=True, max_bytes=self._host.settings.max_message_bytes,
                                              deflate=self._window > 0)
         try:
             for opcode, payload in parser.feed(data) if self._state < LINGERING else ():
                 self._ON_FRAME[opcode](self, payload)
-                if self._state >= LINGERING or self._last_frame:
-                    break
+                if self._state >= LINGERING or not self.interest() & selectors.EVENT_READ:
+                    break  # what is left waits in the parser
+            self._count_idle_frames(parser.scraps)
+            parser.scraps = 0
         except ProtocolError as error:
             self._punish(error)
         self._parser = None if parser.at_rest or self._state >= LINGERING else parser
@@ -1667,7 +1718,10 @@ class Connection:
 
     def _on_idle_frame(self, payload: Message) -> None:
         """Also a pong: read() has noted that the client is alive."""
-        self._idle_frames += 1 + len(payload) // (16 * KIB)
+        self._count_idle_frames(1 + len(payload) // (16 * KIB))
+
+    def _count_idle_frames(self, number: int) -> None:
+        self._idle_frames += number
         if self._idle_frames > IDLE_FRAMES:
             raise ProtocolError(POLICY_VIOLATION, f"more than {IDLE_FRAMES} frames a second that nobody asked for")
 
@@ -1730,6 +1784,9 @@ class Connection:
         """In a forked child: close our copy of the descriptor, and leave the stream alone; it is the parent's."""
         self._lock = threading.Lock()  # whoever held it is not here
         self._state = CLOSED
+        if self._inbox is not None:
+            self._inbox = Inbox()  # nothing comes any more; a handler that was forked with us must not wait for it
+            self._inbox.close()
         self.dispose()
 
 
@@ -1867,8 +1924,14 @@ class CallbackPool:
     def submit(self, conn: Connection, inbox: Inbox) -> None:
         self._ready.put((conn, inbox))
         if len(self._threads) < CALLBACK_THREADS:
-            self._threads.append(threading.Thread(target=self._work, name="wsqueue-callback", daemon=True))
-            self._threads[-1].start()
+            thread = threading.Thread(target=self._work, name="wsqueue-callback", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the process may have no more; those that are here will do
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
 
     def _work(self) -> None:
         for conn, inbox in iter(self._ready.get, None):
@@ -1962,12 +2025,7 @@ class IOThread:
         except Exception:
             log.exception("closed %s:%s", *conn.address)
             conn.abort()
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(conn._sock)
-            self._parked.pop(conn, None)
-            self._greeting.pop(conn, None)
-            self.registry.discard(conn)
-            conn.dispose()
+            self._drop(conn)
 
     def _serve(self, conn: Connection, rest: bytes | None, mask: int = 0) -> None:
         if rest is not None:  # it is new here
@@ -1977,14 +2035,28 @@ class IOThread:
             conn.flush()
         if mask & selectors.EVENT_READ:
             conn.read(time.monotonic())
+        conn.resume()
         self._settle(conn)
+
+    def _drop(self, conn: Connection) -> None:
+        self.registry.discard(conn)
+        self._greeting.pop(conn, None)
+        if conn._inbox is not None:
+            conn._inbox.close()
+        with contextlib.suppress(KeyError, ValueError):  # it waited for nothing
+            self._selector.unregister(conn._sock)
+        with _FORK_LOCK:
+            self._parked.pop(conn, None)
+            conn.dispose()
 
     def _welcome(self, conn: Connection) -> None:
         self._parked[conn] = 0
-        if conn._state <= ANSWERING:
+        if conn._state == GREETING:
             self._greeting[conn] = None
-            if len(self._greeting) > HALF_OPEN or len(self._greeting) * 4 > descriptors():
-                next(iter(self._greeting)).abort()
+            while len(self._greeting) > min(HALF_OPEN, descriptors() // 4):
+                oldest = next(iter(self._greeting))
+                del self._greeting[oldest]  # now, and not with its descriptor: many may come before that is closed
+                oldest.abort()
 
     def _settle(self, conn: Connection) -> None:
         """Make the selector and the registry agree with the connection's state."""
@@ -1998,10 +2070,7 @@ class IOThread:
             if inbox is not None:
                 inbox.close()
         if conn._state == CLOSED:
-            if before:
-                self._selector.unregister(conn._sock)
-            del self._parked[conn]
-            conn.dispose()
+            self._drop(conn)
             return
         wanted = conn.interest()
         if wanted == before:
@@ -2055,6 +2124,7 @@ class IOThread:
         """In a forked child, which has copies of our descriptors, but not our thread."""
         for conn in {*self._parked, *(conn for conn, _ in self._touched)}:
             conn.forget()
+        self.registry = ClientRegistry()  # whoever held the other one's lock is not here
         self._selector.close()
         self._waker.close()
 
@@ -2078,7 +2148,8 @@ def websocket_key(request: Request) -> str:
     if request.method != "GET":
         raise HandshakeError("405 Method Not Allowed", "This port speaks WebSocket. To publish an event, put it in the"
                              " queue: wsqueue send EVENT JSON --queue DIR.", Allow="GET")
-    if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in headers.get("connection", "").lower():
+    if headers.get("upgrade", "").lower() != "websocket" or "upgrade" not in re.split(
+            r"[\s,]+", headers.get("connection", "").lower()):
         raise HandshakeError("426 Upgrade Required", "This is a WebSocket server: connect with new WebSocket(url), or"
                              " through a proxy that passes the Upgrade and Connection headers on.",
                              Upgrade="websocket", Connection="Upgrade, close")
@@ -2104,8 +2175,8 @@ def check_origin(request: Request, allowed: Sequence[str]) -> None:
         page = urlsplit(origin).hostname
         if page and page == urlsplit("//" + request.headers.get("host", "")).hostname:
             return
-    raise HandshakeError("403 Forbidden", f"Pages of {origin!r} may not connect. Add it to the setting allowed_origins"
-                         " (--allowed-origins) if they should.")
+    raise HandshakeError("403 Forbidden", f"Pages of {origin[:200]!r} may not connect. Add it to the setting"
+                         " allowed_origins (--allowed-origins) if they should.")
 
 
 def tls_context(certificate: str, key: str) -> Any:
@@ -2122,10 +2193,15 @@ def tls_context(certificate: str, key: str) -> Any:
                 raise BlockingIOError from None
 
         def send(self, data: Any, flags: int = 0) -> int:
+            """In records of 16 KiB: OpenSSL would take all or nothing, and a slow client would show no progress."""
+            view, sent = memoryview(data), 0
             try:
-                return super().send(data)
+                while sent < len(view):
+                    sent += super().send(view[sent:sent + 16 * KIB])
             except ssl.SSLWantWriteError:  # SSLWantReadError: no keys yet, and a selector would return at once
-                raise BlockingIOError from None
+                if not sent:
+                    raise BlockingIOError from None
+            return sent
 
         def shutdown(self, how: int) -> None:
             with contextlib.suppress(OSError, ValueError):
@@ -2140,7 +2216,7 @@ def tls_context(certificate: str, key: str) -> Any:
         context.load_cert_chain(certificate, key or None, password="")  # None: OpenSSL asks the terminal
     except (OSError, ValueError) as error:
         named = f"tls_cert {certificate!r}" + (f" with tls_key {key!r}" if key else "")
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise SettingError(f"setting {named} cannot be used: {reason}; both must be PEM, a certificate chain and its"
                            " private key without a passphrase") from None
     return context
@@ -2161,21 +2237,25 @@ class _Listener:
     request_queue_size = BACKLOG
     socket: Any
     core: WebSocketServer
-    _exhausted = False
+    _quiet_until = 0.0
+
+    def _handle_request_noblock(self) -> None:
+        """socketserver's: accept one connection and process it."""
+        with _FORK_LOCK:
+            super()._handle_request_noblock()  # type: ignore[misc]
 
     def get_request(self) -> Any:
         try:
             sock, address = self.socket.accept()
             if sock.fileno() < descriptors() - SPARE_FILES:
-                self._exhausted = False
                 return sock, address
             sock.close()
             raise OSError(errno.EMFILE, "too many clients")
         except OSError as error:
             if error.errno in _OWN_TROUBLE:
-                if not self._exhausted:
+                if time.monotonic() > self._quiet_until:
                     log.error("cannot accept connections: %s; raise the limit (ulimit -n)", error.strerror)
-                self._exhausted = True
+                self._quiet_until = time.monotonic() + 60.0  # at the limit, it comes and goes with each client
                 time.sleep(0.1)  # the connection stays in the backlog, so the selector would return at once
             raise
 
@@ -2201,10 +2281,14 @@ def _listen(host: str, port: int) -> Any:
         root.removeHandler(guard)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
+        listener: Any = type("Listener", (_Listener, WebsocketServer), {"address_family": family})(host, port)
+        listener.socket.setblocking(False)  # who has left before accept() is not waited for
+        return listener
     except (OSError, UnicodeError) as error:
-        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        number = getattr(error, "errno", None)
+        taken = number in (errno.EADDRINUSE, errno.EACCES)
         remedy = ("stop what uses it, or choose another port with port() or --port (0 picks a free one)" if taken else
+                  "raise the limit (ulimit -n)" if number in _OWN_TROUBLE else
                   "give an address of this machine with host() or --host")
         reason = getattr(error, "strerror", None) or error
         raise ServerError(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
@@ -2234,6 +2318,17 @@ def metrics_text(samples: Mapping[str, float]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+def _restore(handlers: dict[int, Any]) -> None:
+    """Give signals back to whom they belonged; in a forked child, nobody reads what our handler notes."""
+    import signal
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # one that comes amid this is for them, and not half ours
+    while handlers:
+        number, handler = handlers.popitem()
+        signal.signal(number, handler or signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class WebSocketServer:
     """Broadcasts the events of a queue to the WebSocket clients that are connected to it.
 
@@ -2259,12 +2354,13 @@ class WebSocketServer:
         self._state = "new"  # -> running -> stopping -> stopped -> running; or standby in between
         self._stopped, self._stopping = threading.Event(), threading.Event()
         self._signals: SimpleQueue[int] = SimpleQueue()  # put() may interrupt itself: Event.set() in a handler may not
+        self._replaced_handlers: dict[int, Any] = {}  # signal -> what start() gives back
         self._spawned: set[threading.Thread] = set()
-        self._pages = threading.BoundedSemaphore(PAGE_THREADS)
         self._listener: Any = None
         self._queue: EventQueue | None = None
         self._tls: Any = None
-        self._trouble = ""  # with the queue, as the queue thread met it last
+        self._trouble = ""  # with the queue, as the queue thread met it last; the next three are that thread's, too
+        self._backlog, self._looked_at, self._note_at = Backlog(0, 0.0, 0), time.monotonic(), 0.0
         self.registry, self._totals = ClientRegistry(), Totals()
 
     @classmethod
@@ -2334,11 +2430,14 @@ class WebSocketServer:
     def _serve_until_stopped(self, ready: Callable[[], Any] | None) -> None:
         import signal
 
-        numbers: list[Any] = []
+        def note(number: int, frame: Any) -> None:
+            self._signals.put(number)
+
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if self._tls else [])]
-        before = {number: signal.signal(number, lambda number, frame: self._signals.put(number))
-                  for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and shells ask
+            wanted = [number for number in (signal.SIGINT, signal.SIGTERM)
+                      if signal.getsignal(number) != signal.SIG_IGN]  # nohup and shells ask for that
+            wanted += [signal.SIGHUP] if self._tls else []
+            self._replaced_handlers = {number: signal.signal(number, note) for number in wanted}
         try:
             if ready:
                 ready()
@@ -2351,11 +2450,10 @@ class WebSocketServer:
                         self.reload_certificates()
         finally:
             self.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            _restore(self._replaced_handlers)
 
     def _launch(self) -> None:
-        with self._lifecycle:
+        with _FORK_LOCK, self._lifecycle:
             if self._state in ("running", "stopping"):
                 raise ServerError("the server runs already")
             if self._state == "standby" and threading.current_thread() is not self._standby:
@@ -2369,18 +2467,17 @@ class WebSocketServer:
         settings = self._settings
         self._tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
         self._queue = self._open_queue() if settings.queue else None  # before the port, which its holder has, too
-        try:
-            listener = _listen(settings.host, settings.port)
-        except BaseException:
+        with contextlib.ExitStack() as undo:
             if self._queue:
-                self._queue.close()
-            raise
-        self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
+                undo.callback(self._queue.close)
+            listener = _listen(settings.host, settings.port)
+            undo.callback(listener.server_close)
+            self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
+            undo.pop_all()
         self._listener = listener
         self._listener.core = self
-        self._stopped.clear()
-        self._stopping.clear()
-        self._signals = SimpleQueue()
+        self._stopped, self._stopping, self._signals = threading.Event(), threading.Event(), SimpleQueue()
+        self._looked_at = time.monotonic()
         self._threads = [self._io.thread, threading.Thread(
             target=self._listener.serve_forever, args=(2.0,), name="wsqueue-accept", daemon=True)]
         if self._queue:
@@ -2394,10 +2491,11 @@ class WebSocketServer:
         return queue
 
     def _stand_by(self, error: QueueInUseError) -> None:
-        log.info("standing by: %s", error)
         with self._lifecycle:
-            self._state = "standby"
-            self._stopping.clear()
+            if self._state in ("running", "standby"):  # another thread was faster
+                return
+            log.info("standing by: process %s serves the queue", error.holder)
+            self._state, self._stopping = "standby", threading.Event()
             self._standby = threading.Thread(target=self._await_turn, name="wsqueue-standby", daemon=True)
             self._standby.start()
 
@@ -2410,9 +2508,9 @@ class WebSocketServer:
                 return
             except QueueInUseError:
                 continue
-            except WsqueueError as error:
+            except Exception as error:
                 if str(error) != trouble:
-                    log.error("%s; trying again", error)
+                    log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
                 trouble = str(error)
 
     def stop(self) -> None:
@@ -2422,11 +2520,22 @@ class WebSocketServer:
             self._join([self._standby])
         with self._lifecycle:
             first = self._state in ("running", "standby")
-            serving, self._state = self._state == "running", "stopping" if first else self._state
+            serving = self._state == "running"
+            if first:
+                self._state, self._stopper = "stopping", threading.current_thread()
         if first:
-            self._shut_down(serving)
-        elif self._state == "stopping" and not threading.current_thread().name.startswith("wsqueue-"):
+            try:
+                self._shut_down(serving)
+            finally:  # also when Ctrl-C breaks it off
+                self._state = "stopped"
+                self._stopped.set()
+                self._signals.put(0)
+        elif self._state == "stopping" and not self._is_ours(threading.current_thread()):
             self._stopped.wait()
+
+    def _is_ours(self, thread: threading.Thread) -> bool:
+        """Whether the stop waits for this thread, and not the other way round."""
+        return thread is self._stopper or thread.name.startswith("wsqueue-")
 
     def _shut_down(self, serving: bool) -> None:
         if serving:
@@ -2442,9 +2551,6 @@ class WebSocketServer:
             self._join(self._io.pool.stop())  # after the I/O thread, which starts its threads
             if self._queue:
                 self._queue.close()
-        self._state = "stopped"
-        self._stopped.set()
-        self._signals.put(0)
 
     def _close_listener(self) -> None:
         with contextlib.suppress(OSError):
@@ -2465,7 +2571,9 @@ class WebSocketServer:
             self._listener.socket.close()
             self._io.forget()
         if self._queue:
-            self._queue.close()
+            with contextlib.suppress(OSError):  # a kqueue is not inherited
+                self._queue.close()
+        _restore(self._replaced_handlers)
         self._reset()
 
     def reload_certificates(self) -> None:
@@ -2489,7 +2597,7 @@ class WebSocketServer:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches the server. Raises ServerError while it does not listen yet."""
-        if self._listener is None:
+        if self._listener is None or self._state == "standby":  # it may have served before
             raise ServerError("the URL is known once the server listens: start() it; one that stands by does not yet")
         host, port = self._listener.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is read, not bound
@@ -2526,14 +2634,7 @@ class WebSocketServer:
         settings = self._settings
         page = self._page(request)
         if page:
-            if not self._pages.acquire(blocking=False):
-                raise HandshakeError("503 Service Unavailable", "Too many ask for this at once.", Retry_After="1")
-            conn.wind_down(ANSWERING)
-            try:
-                self._spawn(self._answer_page, conn, page)
-            except RuntimeError:  # no thread: the next may be luckier
-                self._pages.release()
-                raise
+            conn.wind_down(LINGERING, page())
             return
         key = websocket_key(request)
         check_origin(request, settings.allowed_origins)
@@ -2599,31 +2700,24 @@ class WebSocketServer:
         pages = {"/healthz": self._health, "/metrics": self._metrics}
         return pages.get(request.path) if request.method == "GET" and "upgrade" not in request.headers else None
 
-    def _answer_page(self, conn: Connection, page: Callable[[], bytes]) -> None:
-        try:
-            conn.wind_down(LINGERING, page())
-        except Exception:
-            log.exception("cannot answer for a monitoring page")
-            conn.refuse(HandshakeError("500 Internal Server Error", "The server's log says what went wrong."))
-        finally:
-            self._pages.release()
-
-    def _state_of_queue(self) -> tuple[Backlog, str]:
-        """What waits, and what is the matter with the queue."""
-        try:
-            return (self._queue.backlog() if self._queue else Backlog(0, 0.0, 0)), self._trouble
-        except QueueError as error:
-            return Backlog(0, 0.0, 0), str(error)
+    def _note_backlog(self, queue: EventQueue) -> None:
+        """For the pages, which must not wait for a disk; it takes a hundredth of the time at most."""
+        now = self._looked_at = time.monotonic()
+        if now >= self._note_at:
+            self._backlog = queue.backlog()
+            self._note_at = now + max(1.0, 100 * (time.monotonic() - now))
 
     def _health(self) -> bytes:
-        backlog, trouble = self._state_of_queue()
+        backlog, trouble, silence = self._backlog, self._trouble, time.monotonic() - self._looked_at
+        if self._queue and silence > STALE_SECONDS:
+            trouble = f"the queue has not been looked at for {silence:.0f} s"
         facts = {"status": "trouble" if trouble else "ok", "clients": len(self.registry), "backlog": backlog.waiting,
                  "oldest_seconds": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
         status = "503 Service Unavailable" if trouble else "200 OK"
         return encode_response(status, encode_json(facts, "health") + b"\n", "application/json")
 
     def _metrics(self) -> bytes:
-        backlog = self._state_of_queue()[0]
+        backlog = self._backlog
         samples = {**self._totals.all(), "clients": len(self.registry), "backlog_events": backlog.waiting,
                    "backlog_oldest_seconds": round(backlog.oldest, 3), "failed_files": backlog.failed}
         return encode_response("200 OK", metrics_text(samples), "text/plain; version=0.0.4; charset=utf-8")
@@ -2636,7 +2730,8 @@ class WebSocketServer:
 
     def _consume(self, queue: EventQueue) -> None:
         owed: deque[_Owed] = deque()  # sent, but not taken by all; the oldest first
-        while not self._stopping.is_set():
+        stopping = self._stopping  # the next start has another
+        while not stopping.is_set():
             try:
                 events = queue.take()
                 if events:
@@ -2645,6 +2740,7 @@ class WebSocketServer:
                     owed.append(_Owed(events, late, time.monotonic() + LAG_SECONDS))
                 while owed and (len(owed) > LAGGING_TICKS or owed[0].is_settled(time.monotonic())):
                     queue.done(owed.popleft().events)  # only now: a crash repeats an event, it does not lose it
+                self._note_backlog(queue)
                 self._trouble = ""
                 if events:
                     continue
@@ -2675,18 +2771,18 @@ class WebSocketServer:
     def _pace(self, late: set[Connection], more: bool) -> None:
         """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
 
-        If all lag, or most do in a burst, the machine is busy, and to wait is all there is to do. A few who lag in a
-        burst are slow, and may hold up the others to 256 KiB/s. Where no more is queued, nobody waits but for those
-        whose outbox is half full, and no longer than an eye notices. Who takes nothing is not waited for; tick()
-        closes it.
+        If all lag, or most do in a burst, the machine is busy, and to wait is all there is to do. A few who lag are
+        slow, and may hold up the others to 256 KiB/s for send_timeout; where no more is queued, only those may whose
+        outbox is half full. Who takes nothing is not waited for. Whose outbox overflows, or does not move, is closed.
         """
         everyone, most = len(late) >= len(self.registry), len(late) * 2 > len(self.registry)
-        grace, patience = (1.0, 5.0) if everyone or (more and most) else (1.0, 1.0) if more else (0.05, 0.05)
-        if patience < 1.0:
-            late = {conn for conn in late if conn._pending * 2 > self._settings.outbox_bytes}
+        grace, patience = (1.0, 5.0) if everyone or (more and most) else (0.5, 1.0) if more else (0.1, 1.0)
+        half = 0 if everyone or more else self._settings.outbox_bytes // 2
         deadline = time.monotonic() + patience
-        while late and time.monotonic() < deadline and not self._stopping.wait(0.001):
-            late = {conn for conn in late if conn.keeps_up(time.monotonic(), grace)}
+        while time.monotonic() < deadline:
+            late = {conn for conn in late if conn._pending > half and conn.keeps_up(time.monotonic(), grace)}
+            if not late or self._stopping.wait(0.001):
+                return
 
 
 class _Owed(NamedTuple):
@@ -2713,20 +2809,44 @@ def _by_window(audience: list[Connection], compress: bool) -> Iterable[tuple[int
     return groups.items()
 
 
-# A fork copies descriptors and not threads: the child must not hold the parent's port, lock and clients open.
+# A fork copies descriptors and not threads: the child must not hold the parent's port, lock and clients open. So it
+# waits until each of them is in the table in which the child finds it.
 
 _SERVERS: weakref.WeakSet[WebSocketServer] = weakref.WeakSet()
 
 
+_SIGNAL_MASK: Any = None  # to be set again after a fork
+
+
+def _before_fork() -> None:
+    global _SIGNAL_MASK
+    _FORK_LOCK.acquire()
+    if any(server._replaced_handlers for server in _SERVERS):  # else who is told to end at once would take it for ours
+        import signal
+
+        _SIGNAL_MASK = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
 def _after_fork() -> None:
+    global _SIGNAL_MASK
+    if _SIGNAL_MASK is not None:
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_SETMASK, _SIGNAL_MASK)
+        _SIGNAL_MASK = None
+    _FORK_LOCK.release()
+
+
+def _after_fork_in_child() -> None:
     _NAMES.reset()
     WebSocketServer._instance_lock = threading.Lock()
     for server in list(_SERVERS):
         server._forget()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2773,6 +2893,8 @@ def _add_option(parser: Any, setting: Setting) -> None:
     text = f"{setting.meaning}{unit} (default: {shown}{variable})".replace("%", "%%")
 
     def convert(value: str) -> Any:  # argparse applies it to a default that is text, too
+        if setting.unit == "file" and not value:  # of a variable that is not set: never serve in the clear instead
+            raise argparse.ArgumentTypeError("must name a file, and is empty")
         try:
             return value if kind is tuple else kind(value)
         except ValueError:
@@ -2783,11 +2905,13 @@ def _add_option(parser: Any, setting: Setting) -> None:
         parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                             help=f"Turn off: {setting.meaning}")
     else:
-        parser.add_argument(option, type=convert, default=None if kind is tuple else default,
+        parser.add_argument(option, type=convert, default=None if default in ("", ()) else default,
                             action="append" if kind is tuple else "store", metavar=setting.unit.upper(), help=text)
 
 
 def _serve(options: Any) -> int:
+    import signal
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     given = {name: value for name, value in vars(options).items() if name in _BY_NAME and value is not None}
     if not given["queue"]:
@@ -2796,6 +2920,8 @@ def _serve(options: Any) -> int:
     _raise_descriptor_limit()
 
     def ready() -> None:
+        for number in server._replaced_handlers:  # we end with it: a second Ctrl-C on the way out is no news
+            server._replaced_handlers[number] = signal.SIG_IGN
         print(f"listening on {server.url}", flush=True)
         log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
 

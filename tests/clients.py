@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -270,6 +271,20 @@ class Reader(threading.Thread):
         assert not self.is_alive(), f"only {len(self.messages)} messages came"
         assert self.count is None or self.error is None, f"after {len(self.messages)} messages: {self.error!r}"
         return [json.loads(message)["payload"] for message in self.messages]
+
+
+@contextmanager
+def in_threads(action, *args):
+    """Run action(*args, over) in four threads until the block ends, which sets `over`; what one raises is raised."""
+    over = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(action, *args, over) for _ in range(4)]
+        try:
+            yield
+        finally:
+            over.set()
+        for call in calls:
+            call.result(PATIENCE)
 
 
 # ---- Clients that others wrote -----------------------------------------------------------------------------

@@ -665,6 +665,20 @@ def test_a_client_that_stalls_in_a_burst_is_closed_and_the_others_get_everything
     assert "outbox_bytes" in caplog.text
 
 
+def test_many_small_messages_that_wait_are_counted_with_what_they_cost():
+    """Each costs 250 bytes of memory, whatever it holds: outbox_bytes is a bound on memory."""
+    with serving(outbox_bytes=256 * KIB) as server:
+        client, conn = enter(server)
+        with client:
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+            conn.send("x" * 8 * KIB * KIB)  # from here on, all that is sent waits
+            while conn.is_connected() and conn._pending > 9 * KIB * KIB:
+                pass
+            sent = sum(iter(lambda: conn.send("tiny"), False))
+            assert sent <= 256 * 4 + 1
+    everybody_has_left(server)
+
+
 def server_queue(tmp_path):
     return str(tmp_path / "q")
 

@@ -352,9 +352,9 @@ def body_lines(function):
 
 
 def test_the_file_stays_within_its_budget():
-    """It can be read in an afternoon: 2,900 lines, none longer than 120 characters."""
+    """It can be read in an afternoon: 3,100 lines, none longer than 120 characters."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 2900
+    assert len(lines) <= 3100
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
 
 

@@ -27,7 +27,7 @@ from clients import (
 )
 from helpers import eventually, run_cli
 from test_server import has_ipv6
-from wsqueue import PAGE_THREADS, DirectoryQueue, SettingError, WebSocketServer, make_event, queue_event, queue_events
+from wsqueue import DirectoryQueue, SettingError, WebSocketServer, make_event, queue_event, queue_events
 
 KIB = 1024
 HEALTHY = {"status": "ok", "clients": 0, "backlog": 0, "oldest_seconds": 0.0, "failed": 0, "trouble": None}
@@ -392,18 +392,31 @@ def test_a_request_for_a_page_may_come_in_pieces():
 # ---- At what cost ------------------------------------------------------------------------------------------
 
 
-class Slow(DirectoryQueue):
-    """A queue whose backlog takes until told otherwise, as that of a directory on a hanging network drive may."""
+class Hanging(DirectoryQueue):
+    """A queue that hangs until told otherwise, as a directory on a file server that is gone does."""
 
     def __init__(self, path):
         super().__init__(str(path))
-        self.asked = threading.Semaphore(0)
         self.go_on = threading.Event()
 
-    def backlog(self):
-        self.asked.release()
+    def take(self, max_bytes=0):
         assert self.go_on.wait(3 * PATIENCE)
-        return super().backlog()
+        return super().take()
+
+
+def test_a_queue_that_hangs_is_trouble_and_holds_up_no_page(directory, monkeypatch):
+    """The pages say for how long nobody has looked at it; clients are served; once it goes on, all is well."""
+    monkeypatch.setattr(wsqueue, "STALE_SECONDS", 0.2)
+    queue = Hanging(directory)
+    with serving(queue=queue) as server, RawClient(server.url) as client:
+        try:
+            facts = eventually_says(server, status="trouble")
+            assert "has not been looked at for" in facts["trouble"]
+            assert samples(server)["wsqueue_clients"] == 1
+            assert still_reaches(server, client)
+        finally:
+            queue.go_on.set()
+        eventually_says(server, status="ok")
 
 
 @contextmanager
@@ -416,23 +429,6 @@ def asking(server, count):
         yield sockets
 
 
-@contextmanager
-def all_busy(server, queue):
-    """Every thread that there is for pages waits for the queue; at the end it goes on, and who asked is answered."""
-    with asking(server, PAGE_THREADS) as sockets:
-        try:
-            for _ in sockets:
-                assert queue.asked.acquire(timeout=PATIENCE)
-            yield
-        finally:
-            queue.go_on.set()
-        assert [parse_answer(read_to_end(sock)).status for sock in sockets] == [200] * PAGE_THREADS
-
-
-def pages_are_done():
-    eventually(lambda: "wsqueue-handler" not in [thread.name for thread in threading.enumerate()], what="idle threads")
-
-
 @pytest.fixture
 def started(monkeypatch):
     """The names of the threads that are started from now on."""
@@ -441,49 +437,35 @@ def started(monkeypatch):
     return names
 
 
-def test_requests_beyond_the_limit_get_503_and_no_thread(directory, started):
-    """Of 100 requests PAGE_THREADS are worked on, and the others are to come again."""
-    queue = Slow(directory)
-    with serving(queue=queue) as server:
-        with all_busy(server, queue), asking(server, 100 - PAGE_THREADS) as sockets:
-            refused = [parse_answer(read_to_end(sock)) for sock in sockets]
-        assert {(answer.status, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
-        assert started.count("wsqueue-handler") == PAGE_THREADS
-        assert eventually_says(server, status="ok") == HEALTHY
-
-
-def test_many_requests_are_all_answered(directory):
-    """100 at once, of a queue as it should be: each gets the page or a 503, and the next one gets the page."""
+def test_many_requests_are_all_answered_and_start_no_thread(directory, started):
+    """100 at once: each gets the page, and clients do not notice."""
     with serving(queue=str(directory)) as server, RawClient(server.url) as client:
+        started.clear()
         with asking(server, 100) as sockets:
-            assert {parse_answer(read_to_end(sock)).status for sock in sockets} <= {200, 503}
-        assert health(server)["status"] == "ok"
+            assert {parse_answer(read_to_end(sock)).status for sock in sockets} == {200}
+        assert started == []
         assert still_reaches(server, client)
 
 
-def test_events_do_not_wait_for_pages(directory):
-    """Clients are served, come and go while every page hangs."""
-    queue = Slow(directory)
-    with serving(queue=queue) as server, RawClient(server.url) as client:
-        with all_busy(server, queue):
-            for number in range(20):
-                assert queue_event(str(directory), "e", number)
-            assert client.payloads(20) == list(range(20))
-            with RawClient(server.url) as newcomer:
-                assert still_reaches(server, newcomer)
+class Counting(DirectoryQueue):
+    """A queue that counts how often its backlog was asked for."""
+
+    asked = 0
+
+    def backlog(self):
+        self.asked += 1
+        return super().backlog()
 
 
-def test_who_hangs_up_frees_what_its_page_held(directory):
-    """The page ends, whoever is there to read it: as many as before can be asked for."""
-    queue = Slow(directory)
+def test_requests_do_not_list_the_directory(directory):
+    """Thousands of files in it cost a page nothing: the queue thread notes what waits, once a second at most."""
+    queue = Counting(str(directory))
     with serving(queue=queue) as server:
-        with asking(server, PAGE_THREADS) as sockets:
-            for _ in sockets:
-                assert queue.asked.acquire(timeout=PATIENCE)
-        queue.go_on.set()
-        pages_are_done()
-        with asking(server, PAGE_THREADS) as sockets:
-            assert [parse_answer(read_to_end(sock)).status for sock in sockets] == [200] * PAGE_THREADS
+        eventually(lambda: queue.asked, what="a first note")
+        before, started = queue.asked, time.monotonic()
+        for _ in range(50):
+            health(server)
+        assert queue.asked - before <= time.monotonic() - started + 1
 
 
 class Broken(DirectoryQueue):
@@ -493,39 +475,23 @@ class Broken(DirectoryQueue):
         raise RuntimeError("a bug")
 
 
-def test_a_page_that_fails_is_500_and_in_the_log(directory, caplog):
-    """Also when it fails more often than there are threads for pages; clients are served."""
+def test_a_backlog_that_fails_is_trouble_and_in_the_log(directory, caplog):
+    """Events go out all the same."""
     with serving(queue=Broken(str(directory))) as server, RawClient(server.url) as client:
-        for _ in range(2 * PAGE_THREADS):
-            answer, body = ask(server, "/healthz")
-            assert answer.status == 500 and "log" in body
-            pages_are_done()
-        assert still_reaches(server, client)
+        assert eventually_says(server, status="trouble")["trouble"] == "a bug"
+        assert queue_event(str(directory), "e", 1)
+        assert client.payloads(1) == [1]
     assert "a bug" in caplog.text
 
 
-def test_stop_ends_a_page_that_is_being_asked_for(directory):
-    """The asker sees the end, stop() returns, and no thread is left once the queue answers."""
-    queue = Slow(directory)
-    with serving(queue=queue, close_timeout=0.2) as server, asking(server, 1) as (sock,):
-        assert queue.asked.acquire(timeout=PATIENCE)
-        stopping = threading.Thread(target=server.stop)
-        stopping.start()
-        assert read_to_end(sock) == b""
-        queue.go_on.set()
-        stopping.join(PATIENCE)
-        assert not stopping.is_alive()
-    assert not any(thread.name.startswith("wsqueue") for thread in threading.enumerate())
-
-
 def test_requests_and_stop_at_the_same_time(directory):
-    """Whoever asks meanwhile gets the page, a 503 or the end of the stream; the server can be started again."""
+    """Whoever asks meanwhile gets the page or the end of the stream; the server can be started again."""
     server = WebSocketServer(port=0, queue=str(directory), close_timeout=0.2)
     for _ in range(5):
         with server, asking(server, 50) as sockets:
             server.stop()
             for sock in sockets:
-                assert whatever_comes(sock) in (None, 200, 503)
+                assert whatever_comes(sock) in (None, 200)
     assert not list(Path(directory).glob("*.json"))
 
 

@@ -751,6 +751,18 @@ def test_many_unfinished_files_hold_the_batch_no_longer_than_one(folder, queue, 
     assert ticks_until(queue, clock, "later") <= 3
 
 
+def test_old_unfinished_files_hold_nothing_up(folder, make_queue, clock):
+    """They have had their two ticks before: what is whole goes out at once, also where floats have to be rounded."""
+    moments = (number / 7 for number in range(7000, 70000))
+    clock.steady = next(now for now in moments if now - (now - 2 * 0.1) < 2 * 0.1)
+    queue = make_queue(poll_interval=0.1)
+    for number in range(100):
+        name = folder.name(ago=100 - number)
+        os.utime(str(folder.write(name, b"")), (clock.day - 60,) * 2)
+    folder.drop("whole", ago=0.5)
+    assert serve(queue) == ["whole"]
+
+
 def test_what_does_not_change_for_two_seconds_is_set_aside(folder, queue, clock, caplog):
     """Into failed/, as it is, beside its reason; with one line in the log, and counted."""
     path = folder.write(folder.name(), b'{"event":"half')

@@ -502,6 +502,45 @@ def test_stop_may_be_called_by_user_code(directory, where):
         server.stop()
 
 
+STOPPED_BY_A_HANDLER = """
+import signal, time
+from wsqueue import WebSocketServer
+
+server = WebSocketServer(port=0, close_timeout=1.0)
+signal.signal(signal.SIGTERM, lambda *_: server.stop())
+server.start(background=True)
+print(f"listening on {server.url}", flush=True)
+while server.is_running():
+    time.sleep(0.01)
+print("stopped", flush=True)
+"""
+
+
+def test_stop_may_interrupt_itself(tmp_path):
+    """A host's signal handler calls it, and the signal comes again: the second call has nothing to wait for."""
+    with program(STOPPED_BY_A_HANDLER, tmp_path / "output") as server, RawClient(server.url) as client:
+        server.process.send_signal(signal.SIGTERM)
+        assert client.close_code() == 1001
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "stopped" in server.stdout_text(), what="the end of stop()")
+
+
+def test_stop_that_is_broken_off_does_not_stay_half_way(monkeypatch):
+    """Ctrl-C while it waits: the server counts as stopped, and can be started again."""
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with serving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "_join", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                server.stop()
+        server._io.stop(0.0)  # what was broken off
+        server.stop()
+        server.start(background=True)
+        assert server.is_running()
+
+
 @pytest.mark.usefixtures("nothing_is_left")
 def test_stop_ends_handlers_that_wait():
     """A handler in recv() ends, whether its client answers the close or not."""
@@ -995,7 +1034,55 @@ def test_a_queue_directory_that_cannot_be_used_for_a_while_is_waited_for(directo
     assert len(errors_of(caplog)) == 1 and directory in errors_of(caplog)[0]
 
 
+# ---- A process that has no more threads --------------------------------------------------------------------
+
+
+def test_callbacks_go_on_once_threads_can_be_started_again(monkeypatch):
+    """Whose message could not be worked on is disconnected; nobody's message is lost without a word, then or later."""
+    with serving(callbacks={"/": lambda conn, message: conn.send(message)}) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no more")))
+            for _ in range(20):
+                with RawClient(server.url) as client:
+                    client.send("unlucky")
+                    assert client.ended()
+        with RawClient(server.url) as client:
+            client.send("lucky")
+            assert client.recv() == "lucky"
+
+
+FORKING_HANDLER = """
+import multiprocessing, sys, time
+from wsqueue import WebSocketServer
+
+def handler(conn):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    conn.send(str(child.exitcode))
+
+server = WebSocketServer(port=0).on("/", handler)
+server.start(ready=lambda: print(f"listening on {server.url}", flush=True))
+"""
+
+
+def test_a_child_of_a_handler_dies_of_signals_as_any_process_does(tmp_path):
+    """What start() does with SIGTERM is for the process that serves."""
+    with program(FORKING_HANDLER, tmp_path / "output") as server, RawClient(server.url) as client:
+        assert client.recv() == str(-signal.SIGTERM)
+
+
 # ---- What strangers may try --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, status", [(95, 101), (96, 431)])
+def test_the_number_of_header_lines_is_limited(server, number, status):
+    """A head of 16 KiB may be thousands of lines, and each costs time: a hundred are allowed."""
+    request = handshake()[:-2] + b"".join(b"X-%d: 1\r\n" % index for index in range(number)) + b"\r\n"
+    with open_socket(server.url) as sock:
+        sock.sendall(request)
+        assert int(sock.recv(1000).split()[1]) == status
 
 
 @pytest.mark.parametrize("target", ["user:42", "user%3A42", "x:user:42", "admins"])

@@ -531,6 +531,19 @@ def test_a_slow_client_is_closed_and_the_others_get_everything(certificate, dire
     assert "outbox_bytes" in caplog.text
 
 
+def test_a_client_that_reads_slowly_is_not_taken_for_one_that_stalls(certificate):
+    """Its progress shows record by record, as that of a plain one does: send_timeout is for who takes nothing."""
+    with serving(send_timeout=1.0, outbox_bytes=4 * KIB * KIB, deflate=False, **certificate) as server:
+        with SecureClient(server.url, receive_buffer=64 * KIB) as client:
+            clients_arrived(server, 1)
+            server.broadcast("big", "x" * 1600 * KIB)
+            for _ in range(100):  # records of 16 KiB: it takes longer than send_timeout
+                client.read_more()
+                time.sleep(0.03)
+            assert client.payloads(1) == ["x" * 1600 * KIB]
+            assert still_reaches(server, client)
+
+
 def broadcast_in_turns(conn, other):
     """Until `conn` can take no more, broadcasts and a message of its own in turns; returns what it is to receive."""
     expected, late = [], []
@@ -705,6 +718,14 @@ def test_a_key_without_a_certificate_is_refused(tmp_path):
     with pytest.raises(SettingError, match="tls_cert"):
         WebSocketServer(tls_key="key.pem")
     assert "tls_cert" in sentence(run_cli("serve", "--port", 0, "--queue", tmp_path / "q", "--tls-key", "key.pem"), 2)
+
+
+@pytest.mark.parametrize("option", ["--tls-cert", "--tls-key"])
+def test_an_option_whose_variable_was_not_set_is_refused(tmp_path, option):
+    """`--tls-cert "$CERT"` in a script must never start a server that speaks in the clear."""
+    done = run_cli("serve", "--port", 0, "--queue", tmp_path / "q", option, "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert option in done.stderr.splitlines()[-1] and "empty" in done.stderr.splitlines()[-1]
 
 
 def test_a_server_with_broken_files_has_not_taken_the_queue(tmp_path, directory):
