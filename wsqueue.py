@@ -2905,8 +2905,9 @@ def _add_option(parser: Any, setting: Setting) -> None:
         parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                             help=f"Turn off: {setting.meaning}")
     else:
+        metavar = setting.unit if "|" in setting.unit else setting.unit.upper()  # the former are words to be typed
         parser.add_argument(option, type=convert, default=None if default in ("", ()) else default,
-                            action="append" if kind is tuple else "store", metavar=setting.unit.upper(), help=text)
+                            action="append" if kind is tuple else "store", metavar=metavar, help=text)
 
 
 def _serve(options: Any) -> int:
