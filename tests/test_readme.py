@@ -403,12 +403,23 @@ def preforked(block, request):
             with client(port, "/", process) as connection:
                 assert visit("/one") == {"queued": True}
                 assert receive(connection) == ("page_visited", {"path": "/one"})
-                os.kill(int(wsqueue.serving_process("ws_queue")), signal.SIGKILL)
+                serving = int(wsqueue.serving_process("ws_queue"))
+                os.kill(serving, signal.SIGKILL)
                 with pytest.raises(ConnectionClosed):
                     connection.recv(timeout=10 * TIME_UNIT)
+                # Its port may still accept for a moment: the kernel closes what it had one by one.
+                eventually(lambda: is_gone(serving), what="the end of the killed process")
             with client(port, "/", process) as connection:
                 assert visit("/two") == {"queued": True}
                 assert receive(connection) == ("page_visited", {"path": "/two"})
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def visit(path):
