@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,20 @@ def eventually(condition, timeout=10.0, what=""):
         if time.monotonic() >= deadline:
             raise AssertionError(f"not within {timeout * TIME_UNIT:g} s: {what or condition}")
         time.sleep(0.005)
+
+
+def put_in_the_way_of(directory):
+    """A file where a queue directory was; its server may make it anew in between, so this tries again."""
+
+    def placed():
+        shutil.rmtree(str(directory), ignore_errors=True)
+        try:
+            with open(str(directory), "x"):
+                return True
+        except OSError:
+            return False
+
+    eventually(placed, what=f"a file instead of {directory}")
 
 
 def run_cli(*args, **kw):

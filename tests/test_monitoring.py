@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import shutil
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from clients import (
     serving,
     still_reaches,
 )
-from helpers import eventually, run_cli
+from helpers import eventually, put_in_the_way_of, run_cli
 from test_server import has_ipv6
 from wsqueue import DirectoryQueue, SettingError, WebSocketServer, make_event, queue_event, queue_events
 
@@ -148,8 +147,7 @@ def test_health_tells_a_queue_that_cannot_be_read(directory):
     """503 with the reason, for load balancers and people; 200 once it is over, and clients stay all the while."""
     with serving(queue=str(directory), poll_interval=0.01) as server, RawClient(server.url) as client:
         eventually_says(server, status="ok")
-        shutil.rmtree(directory)
-        directory.write_text("in the way")
+        put_in_the_way_of(directory)
         facts = eventually_says(server, status="trouble", clients=1)
         assert str(directory) in facts["trouble"]
         directory.unlink()
