@@ -1971,8 +1971,6 @@ class IOThread:
         self._shared_lock = threading.Lock()
         self._stop_by: float | None = None
         self._said_goodbye = False
-        self._lock = threading.Lock()  # guards _ended: nothing is parked once it is true
-        self._ended = False
         self.thread = threading.Thread(target=self._loop, name="wsqueue-io", daemon=True)
 
     def refresh(self, conn: Connection) -> None:
@@ -1985,14 +1983,10 @@ class IOThread:
             self._shared_lock = threading.Lock()
         return self._shared_lock
 
-    def park(self, conn: Connection, rest: bytes) -> bool:
-        """Hand the connection over, with what it has sent; False if the server has stopped: the caller keeps it."""
-        with self._lock:
-            if self._ended:
-                return False
-            self._touched.append((conn, rest))
-            self._waker.set()
-            return True
+    def park(self, conn: Connection, rest: bytes) -> None:
+        """Hand the connection over, with what it has sent. The accept thread ends before stop() is called."""
+        self._touched.append((conn, rest))
+        self._waker.set()
 
     def stop(self, timeout: float) -> None:
         """Close every connection, for at most `timeout` seconds, and end the thread."""
@@ -2095,11 +2089,9 @@ class IOThread:
                     conn.close(GOING_AWAY, "the server is stopping")
         if self._parked and time.monotonic() < self._stop_by:
             return False
-        with self._lock:
-            self._ended = not self._touched
         for conn in list(self._parked):
             conn.abort()
-        return self._ended and not self._parked
+        return not self._touched and not self._parked
 
     def deliver(self, conn: Connection, message: Message) -> bool:
         """To the route's callback, else to its handler if that still runs, else to nobody (False): never to others."""
@@ -2625,9 +2617,7 @@ class WebSocketServer:
         except Exception:
             log.exception("the handshake of %s:%s failed", *conn.address)
             conn.abort()
-        if not self._io.park(conn, rest):
-            self.registry.discard(conn)
-            conn.dispose()
+        self._io.park(conn, rest)
 
     def _answer(self, conn: Connection, request: Request) -> None:
         """A monitoring page for who asks for one; else let the client in. Raises HandshakeError."""
