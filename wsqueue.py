@@ -24,20 +24,23 @@ The disk format, a contract with producers in every language:
     ws_queue/.*.json.tmp    being written; rename it when it is whole
     ws_queue/.wsqueue.lock  held (flock) by the one server that consumes the directory
     ws_queue/failed/        what could not be understood, each beside its .reason
+    ws_queue/history/       the server's own: what it sent last, for clients that come back
 
 Events go out in the order of the first 13 hexadecimal digits that follow a "_" in the name (PHP's uniqid(): seconds
 and microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
 Threads: accept (one; it also answers a handshake whose request is here already), I/O (one: every connection is parked
 with it, from the TLS handshake to the last byte), queue (one daemon), handler (one for each handler while it runs),
-up to 16 for on_message callbacks, only where there are any, and standby (one, in place of all others, while another
-process serves the queue). Lock order: fork > the server's lifecycle > registry > connection; those of an inbox and of
-the totals are leaves, and the queue's flock is not waited for. User code runs under no lock; nothing is logged under
-the registry's or a connection's, and sending takes the connection's alone.
+up to 16 each for on_message callbacks and for authenticate(), only where there are any, and standby (one, in place of
+all others, while another process serves the queue). Lock order: fork > the server's lifecycle, and sending > history >
+registry > connection; those of an inbox, of the totals and of a pool are leaves, and the queue's flock is not waited
+for. User code runs under no lock; nothing is logged under the history's, the registry's or a connection's.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
-client sees a producer's events in the order it queued them; a publish never waits for the server and never fails
-because it is down; a client that stalls, lies or floods is closed, and the others do not notice.
+client sees a producer's events in the order it queued them; who comes back with the id of its last event gets what it
+missed, without a gap or a repeat, or is told that it cannot; nobody gets what is for others; a publish never waits for
+the server and never fails because it is down; a client that stalls, lies or floods is closed, and the others do not
+notice.
 """
 
 # 2 ─ Imports, constants, settings ─────────────────────────────────────────────────────────────────────────────────
@@ -48,6 +51,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -71,7 +75,7 @@ from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, NamedTu
 __all__ = [
     "ClientRegistry", "Connection", "ConnectionClosed", "DirectoryQueue", "Event", "EventError", "EventQueue",
     "ProtocolError", "QueueError", "QueueInUseError", "ServerError", "SettingError", "WebSocketServer",
-    "WsqueueError", "main", "open_queue", "queue_event", "queue_events",
+    "WsqueueError", "main", "open_queue", "queue_event", "queue_events", "sign_ticket",
 ]
 __version__ = "0.1.0"
 
@@ -81,6 +85,8 @@ if __name__ == "__main__":  # run as a script: `import wsqueue` elsewhere must f
 log = logging.getLogger("wsqueue")
 
 KIB, MIB = 1024, 1024 * 1024
+CATCH_UP_BYTES = 64 * KIB  # of what a client missed in one write; not shared, so each that does not read costs as much
+CHECKS_WAITING = 1024     # requests that wait for authenticate(); beyond it, 503
 TICK_BYTES = 256 * KIB    # events joined into one write: larger adds memory, not speed
 READ_BYTES = 64 * KIB     # one recv
 HEAD_BYTES = 16 * KIB     # an HTTP request head; browsers send under 1 KiB, cookies can make it 8
@@ -99,13 +105,18 @@ LAGGING_TICKS = 64        # of at most TICK_BYTES; beyond it, the oldest is not 
 LINGER_SECONDS = 1.0      # how long a peer has to close its side once both close frames are out
 INBOX_MESSAGES = 64       # received and not yet consumed; beyond it the connection is not read
 INBOX_BYTES = MIB         # or beyond this much memory; a character takes up to four bytes
-CALLBACK_THREADS = 16     # on_message callbacks that run at the same time
+CALLBACK_THREADS = 16     # on_message callbacks that run at the same time; as many checks of authenticate()
+MONITOR_TOPICS = 50       # shown on the monitor page, the largest
+MONITOR_FAILURES = 10     # files in failed/ that it shows, the newest
+HELD_SECONDS = 10.0       # how long what a client missed waits for its handler to join topics
 STALE_SECONDS = 10.0      # a queue thread that has not looked for so long hangs, on a dead file server for example
 SHARED_LOCK = 32          # connections to one lock: a handler's send() waits for as many sends of a broadcast at most
 SPARE_FILES = 16          # descriptors that clients do not get: without them the queue cannot be read
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
 STANDBY_SECONDS = 0.5     # how often a server that stands by looks whether the one that serves has gone
 DEFLATE_LEVEL = 6         # zlib's default; 9 takes twice the time for 1 % less
+TICKET_BYTES = 4 * KIB    # browsers and proxies take a URL of 8 KiB
+LEEWAY_SECONDS = 30.0     # by which the clocks of who signs a ticket and of the server may differ
 FINAL_BLOCKS = 64         # in a compressed message: each costs a new zlib stream, and a client needs two bytes for one
 
 
@@ -140,11 +151,16 @@ SETTINGS = (
     Setting("max_clients", 0, "clients", 0, "More are refused with 503; 0: as many as descriptors allow (ulimit -n)."),
     Setting("allowed_origins", (), "origins", 0, "Pages that may connect besides those of the server's own host name,"
             " such as https://example.com; * allows all."),
+    Setting("secret", (), "secret", 0, "What signs the tickets that clients then need; of several, any.", "WS_SECRET"),
+    Setting("secret_file", "", "file", 0, "A file with such secrets, one a line.", "WS_SECRET_FILE"),
+    Setting("history_events", 1000, "events", 0, "Kept for clients that come back, in history/; 0 keeps none."),
+    Setting("history_bytes", 16 * MIB, "bytes", 0, "And no more than this much of them."),
+    Setting("history_seconds", 86400.0, "seconds", 0, "And none that is older."),
     Setting("tls_cert", "", "file", 0, "Certificate chain (PEM): the port then speaks wss:// and nothing else. SIGHUP"
             " reads it again."),
     Setting("tls_key", "", "file", 0, "Its private key (PEM, without a passphrase), if that is in another file."),
-    Setting("monitoring", "auto", "auto|on|off", 0, "Answer GET /healthz (JSON) and /metrics (Prometheus) on the same"
-            " port; auto: if host is a loopback address."),
+    Setting("monitoring", "auto", "auto|on|off", 0, "Answer GET / (a page that shows all), /healthz (JSON) and /metrics"
+            " (Prometheus) on the same port; auto: if host is a loopback address, and to who asks for one."),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -217,10 +233,20 @@ def checked_settings(given: Mapping[str, Any]) -> SimpleNamespace:
     return settings
 
 
+def checked_secrets(value: Any, source: str = "a secret") -> tuple[str, ...]:
+    """A secret, or several: in a list, or one a line. No error shows what was given."""
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(text, str) and text.strip() for text in texts) or value == []:
+        raise SettingError(f"{source} must be a non-empty text; openssl rand -hex 32 makes a good one")
+    return tuple(line.strip() for text in texts for line in text.split("\n") if line.strip())
+
+
 def _checked(setting: Setting, value: Any) -> Any:
     kind = type(setting.default)
     if setting.name == "queue":
         return value  # a path, a URL, or an EventQueue: open_queue() says what is wrong with it
+    if setting.name == "secret":
+        return checked_secrets(value)
     if kind is tuple and isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -246,11 +272,17 @@ def _checked(setting: Setting, value: Any) -> Any:
 class Event(NamedTuple):
     """One event on its way to the clients."""
 
-    id: str  # unique in its queue; a repeat after a crash carries the same one
+    id: str  # unique in its queue, of [A-Za-z0-9._~%:-]; a repeat after a crash carries the same one
     to: tuple[str, ...]  # topics; empty: everyone
     queued_at: float  # seconds since the epoch
     text: bytes  # JSON: {"event": ..., "payload": ..., "timestamp": ...}
     source: Any = None  # the queue's own handle, for EventQueue.done()
+    exclude: Any = None  # a weak reference to the one connection that does not get it
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds; a list of topics may be longer than the text."""
+        return len(self.text) + (sum(map(len, self.to)) + 60 * len(self.to) if self.to else 0)
 
 
 Topics = Union[str, Iterable[str], None]
@@ -381,6 +413,7 @@ class Backlog(NamedTuple):
     waiting: int  # event files (or entries) not yet sent
     oldest: float  # age in seconds of the oldest one; 0.0 if there is none
     failed: int  # set aside because they could not be understood
+    failures: Sequence[Mapping[str, str]] = ()  # "name" and "reason" of the newest of them
 
 
 class EventQueue(Protocol):
@@ -407,6 +440,7 @@ class EventQueue(Protocol):
 
 _UNIQID = re.compile(r"_([0-9a-f]{8})([0-9a-f]{5})")
 _NUMBER = re.compile(r"\d{1,300}(?:\.\d+)?")  # a float holds no more
+_IDENTITY = re.compile(r"[A-Za-z0-9._~%:-]{1,2000}")  # of an event, and of a place in the history
 
 
 class _Names:
@@ -452,6 +486,19 @@ def name_stamp(name: str) -> int | None:
     return int(seconds * 1e6)
 
 
+def event_id(name: str, signature: tuple[int, int, int]) -> str:
+    """The id of what a file holds: its stem, of characters that fit into a URL, a header and a line.
+
+    A name without uniqid() may be used again, so the file's mtime makes two events of it.
+    """
+    stem = name[:-len(".json")]
+    if not _IDENTITY.fullmatch(stem):
+        from urllib.parse import quote
+
+        stem = quote(os.fsencode(stem), safe="")
+    return stem if _UNIQID.search(name) else f"{stem}~{signature[2]:x}"
+
+
 def _is_ready(name: str) -> bool:
     return name.endswith(".json") and not name.startswith(".")
 
@@ -464,11 +511,15 @@ _OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}  # ours
 _LOCK_NAME = ".wsqueue.lock"
 
 
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
 def _write(fd: int, data: bytes, durable: bool = False) -> None:
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view):]
+        _write_all(fd, data)
         if durable:
             os.fsync(fd)
     finally:
@@ -763,7 +814,7 @@ class DirectoryQueue:
             if events:
                 self._taken.add(name)
                 taken += events
-                size += sum(len(event.text) for event in events)
+                size += sum(event.size for event in events)
         return self._drop_stale(taken) if self._max_age else taken
 
     def done(self, events: Iterable[Event]) -> None:
@@ -782,25 +833,41 @@ class DirectoryQueue:
             stamps = [stamp for stamp, _ in self._entries()]
         except OSError as error:
             raise QueueError(f"cannot read queue directory {self.path}: {error.strerror}") from error
+        failed, failures = self._failures()
+        oldest = max(0.0, self._clock() - min(stamps) / 1e6) if stamps else 0.0
+        return Backlog(len(stamps), oldest, failed, failures)
+
+    def _failures(self) -> tuple[int, list[dict[str, str]]]:
+        failures: list[dict[str, str]] = []
         try:
-            failed = sum(not name.endswith(".reason") for name in os.listdir(f"{self.path}/failed"))
-        except OSError:
-            failed = 0
-        return Backlog(len(stamps), max(0.0, self._clock() - min(stamps) / 1e6) if stamps else 0.0, failed)
+            entries = [entry for entry in os.scandir(f"{self.path}/failed") if not entry.name.endswith(".reason")]
+            entries.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_ctime, reverse=True)
+        except OSError:  # there is none; or one is being mended
+            return 0, failures
+        for entry in entries[:MONITOR_FAILURES]:
+            reason = "its .reason cannot be read"
+            with contextlib.suppress(OSError, UnfinishedError, EventError, QueueError):
+                reason = self._read(f"{entry.path}.reason")[0].decode("utf-8", "replace").strip()
+            failures.append({"name": entry.name, "reason": reason[:KIB]})
+        return len(entries), failures
 
     # Scanning.
 
     def _reattach_if_replaced(self) -> None:
         """Directories are removed, renamed and mounted over while a server runs, and lock files tidied away."""
-        try:
-            if self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), self._lock_status):
-                return
-        except OSError:
-            pass
+        if self.is_ours():
+            return
         if self._lock_fd >= 0:
             log.warning("queue directory %s, or its lock, has vanished or was replaced: opening it anew", self.path)
         self._detach()
         self._attach()
+
+    def is_ours(self) -> bool:
+        """Whether the lock that we hold is the directory's."""
+        try:
+            return self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), self._lock_status)
+        except OSError:
+            return False
 
     def _entries(self) -> list[tuple[int, str]]:
         entries = []
@@ -853,7 +920,7 @@ class DirectoryQueue:
         """The file's events, none if it is gone or set aside. Raises UnfinishedError."""
         try:
             data, signature = self._read(f"{self.path}/{name}")
-            events = parse_events(data, name[:-5], stamp / 1e6, (name, signature))
+            events = parse_events(data, event_id(name, signature), stamp / 1e6, (name, signature))
         except FileNotFoundError:
             return []
         except UnfinishedError:
@@ -1330,19 +1397,34 @@ _TLS_TROUBLE = {  # OpenSSL's reasons, where somebody can do something about the
 }
 
 
-class Request(NamedTuple):
-    """An HTTP request's head."""
+class Request:
+    """An HTTP request's head, as authenticate() sees it; `user` is from its ticket."""
 
-    method: str
-    path: str
-    raw_query: str
-    headers: dict[str, str]  # names in lower case
+    def __init__(self, method: str, path: str, raw_query: str, headers: dict[str, str]) -> None:
+        self.method, self.path, self.raw_query = method, path, raw_query
+        self.headers = headers  # names in lower case
+        self.address: tuple[Any, ...] = ("", 0)
+        self.user: Any = None
+        self.topics: list[str] = []
 
     @property
     def query(self) -> dict[str, str]:
         from urllib.parse import parse_qsl
 
         return dict(parse_qsl(self.raw_query, True))
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """By name; of several of a name, the first, which has the longest path (RFC 6265, section 5.4)."""
+        pairs = [pair.partition("=") for pair in self.headers.get("cookie", "").split(";")]
+        return {name.strip(): value.strip().strip('"') for name, equals, value in reversed(pairs) if equals}
+
+    def join(self, topic: str) -> None:
+        """Receive events that are sent to the topic, also those which the client missed."""
+        self.topics += _checked_topics(topic)
+
+    def is_upgrade(self) -> bool:
+        return "upgrade" in self.headers
 
 
 def parse_request(head: bytes) -> Request:
@@ -1361,7 +1443,8 @@ def parse_request(head: bytes) -> Request:
         if not colon or not name or name != name.strip() or set("\0\r\n") & set(line):
             raise HandshakeError("400 Bad Request", "A header line of this request is malformed.")
         name, value = name.lower(), value.strip()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        comma = "; " if name == "cookie" else ", "  # HTTP/2 splits it, and a proxy may not join it again
+        headers[name] = f"{headers[name]}{comma}{value}" if name in headers else value
     try:
         target = urlsplit(words[1])
         path = unquote(target.path) or "/"
@@ -1387,6 +1470,27 @@ def encode_response(status: str, body: bytes, kind: str = "text/plain; charset=u
     fields = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **headers}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1") + body
+
+
+class Encoding(NamedTuple):
+    """How a client is sent its messages; all of one kind are sent the same bytes."""
+
+    window: int = 0  # bits of the one that permessage-deflate was agreed on with; 0: it was not
+    ids: bool = False  # the client can resume: each event carries its id
+    stream: bool = False  # server-sent events (HTML, section 9.2) instead of frames
+
+    def message(self, text: bytes, identity: str = "", least: int = 0) -> bytes:
+        """One message; `least`: bytes from which on it is compressed."""
+        if self.stream:
+            lines = b"\ndata: ".join(re.split(b"\r\n|\r|\n", text))
+            return (b"id: %s\n" % identity.encode() if identity else b"") + b"data: %s\n\n" % lines
+        if self.ids and identity:
+            text = b'%s,"id":"%s"}' % (text[:-1], identity.encode())  # of characters that need no escape
+        return encode_message(TEXT, text, self.window, least)
+
+
+PLAIN = Encoding()
+shared_encoding = functools.lru_cache(None)(Encoding)  # connections of a kind have the same object
 
 
 class Inbox:
@@ -1444,21 +1548,22 @@ class Inbox:
 
 # A state is only ever left for a later one:
 #   GREETING   the TLS handshake and the HTTP request are to come, within handshake_timeout
+#   ANSWERING  a thread finds the answer, within handshake_timeout; what the client says meanwhile is not read
 #   OPEN       frames go both ways
 #   CLOSING    our close frame is out (or behind what waits); the peer's is awaited for close_timeout
 #   LINGERING  both are out, or the peer broke the rules, or it has an answer instead of a 101: for LINGER_SECONDS, what
 #              waits is sent, then our end of the stream, and the peer's end awaited: closing with unread data would
 #              send a reset that overtakes the rest
 #   CLOSED     the I/O thread closes the descriptor
-GREETING, OPEN, CLOSING, LINGERING, CLOSED = range(5)
+GREETING, ANSWERING, OPEN, CLOSING, LINGERING, CLOSED = range(6)
 
 
 class Connection:
-    """A connected client, as handlers see it. `user` is yours to set."""
+    """A connected client, as handlers see it. `user` is its ticket's, or what authenticate() said, or yours to set."""
 
-    __slots__ = ("__weakref__", "_behind_at", "_changed_at", "_head", "_heard_at", "_host", "_idle_frames", "_inbox",
-                 "_last_frame", "_lock", "_outbox", "_parser", "_pending", "_pinged_at", "_progress_at", "_sock",
-                 "_state", "_window", "address", "path", "user")
+    __slots__ = ("__weakref__", "_behind_at", "_changed_at", "_encoding", "_head", "_heard_at", "_held", "_host",
+                 "_idle_frames", "_inbox", "_last_frame", "_lock", "_outbox", "_parser", "_pending", "_pinged_at",
+                 "_position", "_progress_at", "_sock", "_state", "address", "path", "user")
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], host: IOThread) -> None:
         sock.setblocking(False)
@@ -1469,7 +1574,9 @@ class Connection:
         self.user: Any = None
         self._lock = host.sending_lock()  # guards _state, _outbox, _pending, two times of it and every use of _sock
         self._state = GREETING
-        self._window = 0  # bits of the window that permessage-deflate was agreed on with; 0: it was not
+        self._encoding = PLAIN
+        self._position: int | None = None  # in the history, of what it is to get next; None: what comes is sent to it
+        self._held = False  # not yet: its handler may still join topics
         self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
         self._pending = 0  # bytes in it
         self._parser: FrameParser | None = None  # only while something is half received
@@ -1495,21 +1602,25 @@ class Connection:
 
     def send(self, message: Any) -> bool:
         """Send text (str), binary (bytes) or JSON (dict, list). Never waits; False if the client has gone."""
+        binary = isinstance(message, (bytes, bytearray, memoryview)) and not self._encoding.stream
         if isinstance(message, str):
-            opcode, payload = TEXT, message.encode()
-        elif isinstance(message, (bytes, bytearray, memoryview)):
-            opcode, payload = BINARY, bytes(message)
+            payload = message.encode()
         elif isinstance(message, (dict, list)):
-            opcode, payload = TEXT, encode_json(message, "a message")
+            payload = encode_json(message, "a message")
+        elif binary:
+            payload = bytes(message)
         else:
-            raise TypeError(f"send() takes str, bytes, dict or list, not {type(message).__name__}")
-        return self.send_frames(encode_message(opcode, payload, self._window,
-                                               self._host.settings.deflate_min_bytes)) >= 0
+            kinds = "str, dict or list to an event stream" if self._encoding.stream else "str, bytes, dict or list"
+            raise TypeError(f"send() takes {kinds}, not {type(message).__name__}")
+        least = self._host.settings.deflate_min_bytes
+        return self.send_frames(encode_message(BINARY, payload, self._encoding.window, least) if binary else
+                                self._encoding.message(payload, "", least)) >= 0
 
     def recv(self, timeout: float | None = None) -> Message:
         """The client's next message. Raises TimeoutError, and ConnectionClosed, which a handler need not catch."""
         if self._inbox is None:
             raise RuntimeError("recv() is for a handler while it runs, on a route without an on_message callback")
+        self.release()
         message = self._inbox.get(timeout)
         if self._inbox.has_room_again:
             self._host.refresh(self)
@@ -1522,7 +1633,7 @@ class Connection:
 
     def join(self, topic: str) -> None:
         """Receive events that are sent to the topic, from now on."""
-        self._host.registry.join(self, topic)
+        self._host.registry.join(self, *_checked_topics(topic))
 
     def leave(self, topic: str) -> None:
         self._host.registry.leave(self, topic)
@@ -1598,17 +1709,33 @@ class Connection:
 
     # Changing the state: any thread.
 
-    def open(self, path: str, response: bytes, window: int) -> None:
+    def open(self, request: Request, encoding: Encoding, response: bytes, position: int | None, held: bool) -> None:
         """The handshake is done; the response goes out before any frame, with the next flush()."""
         with self._lock:
             if self._state < OPEN:
-                self.path, self._window, self._state = path, window, OPEN
+                self.path, self.user, self._encoding = request.path, request.user, encoding
+                self._position, self._held = position, held and position is not None
+                self._state, self._changed_at = OPEN, time.monotonic()
                 self._enqueue(response)
+
+    def expect_acknowledgements(self, seconds: float) -> None:
+        """A client that only listens, and has vanished, shows itself by acknowledging nothing (tcp(7))."""
+        option = getattr(socket, "TCP_USER_TIMEOUT", 0)
+        if option:
+            self._sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
+
+    def release(self) -> None:
+        """Its topics are complete: what it missed on them can be sent."""
+        if self._held:
+            self._held = False
+            self._host.refresh(self)
 
     def wind_down(self, state: int, last: bytes = b"") -> bool:
         """Go to a later state; `last` is the last thing sent: a close frame, or an HTTP response. False: too late."""
         if self._state == CLOSED:
             return False
+        if self._encoding.stream and state != CLOSED:  # which ends with the stream, and knows no close frames
+            state, last = LINGERING, b""
         with self._lock:
             if state <= self._state:
                 return False
@@ -1630,7 +1757,9 @@ class Connection:
         """Close a client that does not keep up; should it read on, it learns why."""
         if self.wind_down(CLOSING, encode_close(TRY_AGAIN_LATER, f"too slow: {why}")):
             self._host.totals.add(f'closed_total{{reason="{kind}"}}')
-            log.warning("closed %s:%s on %r: %s", *self.address, self.path, why)
+            # Not here, where a fan-out may be amid its work: a log handler that broadcasts would wait for it.
+            self._host.park(self, functools.partial(
+                log.warning, "closed %s:%s on %r: %s", *self.address, self.path, why))
 
     def abort(self) -> bool:
         """Close at once, without a handshake. False if it was closed already."""
@@ -1641,7 +1770,7 @@ class Connection:
     def interest(self) -> int:
         """What a selector should wait for."""
         inbox = self._inbox  # its handler may end meanwhile
-        deaf = (self._state < LINGERING and self._last_frame) or (
+        deaf = self._state == ANSWERING or (self._state < LINGERING and self._last_frame) or (
             self._state == OPEN and inbox is not None and inbox.full)
         return (0 if deaf else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._pending else 0)
 
@@ -1676,10 +1805,14 @@ class Connection:
             self._parse(b"")
 
     def _parse(self, data: bytes) -> None:
+        if self._state >= LINGERING:
+            return  # what it goes on to say is read, so that it sees our end, and that is all
         parser = self._parser or FrameParser(masked=True, max_bytes=self._host.settings.max_message_bytes,
-                                             deflate=self._window > 0)
+                                             deflate=self._encoding.window > 0)
         try:
-            for opcode, payload in parser.feed(data) if self._state < LINGERING else ():
+            if self._encoding.stream:
+                self._count_idle_frames(1 + len(data) // (16 * KIB))  # there is nothing to be said
+            for opcode, payload in () if self._encoding.stream else parser.feed(data):
                 self._ON_FRAME[opcode](self, payload)
                 if self._state >= LINGERING or not self.interest() & selectors.EVENT_READ:
                     break  # what is left waits in the parser
@@ -1697,11 +1830,18 @@ class Connection:
             if end < 0:
                 return b""
             self._head, rest = self._head[:end], self._head[end + 4:]
-            self._host.answer(self, parse_request(self._head))
-            return rest
+            request = parse_request(self._head)
+            request.address = self.address
+            return self._host.answer(self, request, rest)
         except HandshakeError as error:
             self.refuse(error)
             return b""
+
+    def await_answer(self) -> None:
+        """A thread will find it."""
+        with self._lock:
+            if self._state == GREETING:
+                self._state, self._changed_at = ANSWERING, time.monotonic()
 
     def _punish(self, error: ProtocolError) -> None:
         log.info("%s:%s broke the protocol: %s", *self.address, error)
@@ -1751,6 +1891,10 @@ class Connection:
             if since > settings.handshake_timeout:
                 self.refuse(HandshakeError("408 Request Timeout",
                                            f"Send the request within {settings.handshake_timeout:g} s."))
+        elif self._state == ANSWERING:
+            if since > settings.handshake_timeout:
+                self.refuse(HandshakeError("503 Service Unavailable", "To find out whether this client may connect"
+                                           f" takes more than {settings.handshake_timeout:g} s (handshake_timeout)."))
         elif self._state > OPEN:
             if since > (settings.close_timeout if self._state == CLOSING else LINGER_SECONDS):
                 self.abort()
@@ -1760,12 +1904,19 @@ class Connection:
         elif self._pending:
             if now - self._progress_at > settings.send_timeout:
                 self.give_up("send_timeout", f"it has taken nothing for {settings.send_timeout:g} s (send_timeout)")
+        elif self._held:
+            if since > HELD_SECONDS:
+                self.release()
         elif self.interest():  # else its inbox is full: its pong may be behind what we do not read
             self._keep_alive(now)
 
     def _keep_alive(self, now: float) -> None:
         settings = self._host.settings
-        if self._pinged_at:
+        if self._encoding.stream:  # nothing answers, but a proxy sees that it lives, and we whether it takes it
+            if settings.ping_interval and now - self._heard_at > settings.ping_interval:
+                self._heard_at = now
+                self.send_frames(b":\n\n")
+        elif self._pinged_at:
             if now - self._pinged_at > settings.ping_timeout and self.abort():
                 self._host.totals.add('closed_total{reason="ping_timeout"}')
                 log.warning("closed %s:%s on %r: no answer to a ping for %g s (ping_timeout)", *self.address, self.path,
@@ -1823,69 +1974,555 @@ def send_to_all(audience: Iterable[Connection], data: bytes) -> list[Connection]
     return [conn for conn, _ in unfinished]
 
 
-# 8 ─ ClientRegistry ───────────────────────────────────────────────────────────────────────────────────────────────
-# Who is connected, and to which topics. In: connections. Out: the audience of an event, as a list of its own, so
-# that nothing is ever sent, logged or called under the lock. Any thread.
+# 8 ─ ClientRegistry and history ───────────────────────────────────────────────────────────────────────────────────
+# Who is connected, and to which topics; and what was sent last, for who comes back. In: connections, events. Out: the
+# audience of an event, as a list of its own, so that nothing is ever sent, logged or called under a lock. Any thread.
 
 
 class ClientRegistry:
-    """The connected clients, by topic."""
+    """The connected clients, by topic. Who is still behind is connected, but in no audience."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards both
-        self._topics_of: dict[Connection, tuple[str, ...]] = {}
-        self._on_topic: dict[str, dict[Connection, None]] = {}  # dicts, because they keep the order of arrival
+        self._lock = threading.Lock()  # guards all below
+        self._topics_of: dict[Any, tuple[str, ...]] = {}
+        self._behind: set[Any] = set()
+        self._on_topic: dict[str, dict[Any, None]] = {}  # dicts, because they keep the order of arrival
 
-    def add(self, conn: Connection, topics: Iterable[str] = ()) -> None:
+    def add(self, conn: Any, topics: Iterable[str] = (), behind: bool = False) -> None:
         with self._lock:
             self._topics_of[conn] = ()
+            if behind:
+                self._behind.add(conn)
             for topic in topics:
                 self._join(conn, topic)
 
-    def discard(self, conn: Connection) -> None:
+    def catch_up(self, conn: Any) -> None:
+        """It is behind no longer."""
+        with self._lock:
+            if conn in self._behind:
+                self._behind.remove(conn)
+                for topic in self._topics_of[conn]:
+                    self._on_topic.setdefault(topic, {})[conn] = None
+
+    def discard(self, conn: Any) -> None:
         with self._lock:
             for topic in self._topics_of.pop(conn, ()):
                 self._forget(conn, topic)
+            self._behind.discard(conn)
 
-    def join(self, conn: Connection, topic: str) -> None:
+    def join(self, conn: Any, topic: str) -> None:
         """Nothing if the connection has left: a handler may be later than its client."""
         with self._lock:
             if conn in self._topics_of:
                 self._join(conn, topic)
 
-    def leave(self, conn: Connection, topic: str) -> None:
+    def leave(self, conn: Any, topic: str) -> None:
         with self._lock:
             topics = self._topics_of.get(conn, ())
             if topic in topics:
                 self._topics_of[conn] = tuple(other for other in topics if other != topic)
                 self._forget(conn, topic)
 
-    def _join(self, conn: Connection, topic: str) -> None:
-        members = self._on_topic.setdefault(topic, {})
-        if conn not in members:
-            members[conn] = None
+    def _join(self, conn: Any, topic: str) -> None:
+        if topic not in self._topics_of[conn]:
             self._topics_of[conn] += (topic,)
+            if conn not in self._behind:
+                self._on_topic.setdefault(topic, {})[conn] = None
 
-    def _forget(self, conn: Connection, topic: str) -> None:
+    def _forget(self, conn: Any, topic: str) -> None:
+        if conn in self._behind:
+            return
         members = self._on_topic[topic]
         del members[conn]
         if not members:  # topics come and go with users: an empty one must not stay
             del self._on_topic[topic]
 
-    def audience(self, to: Sequence[str] = ()) -> list[Connection]:
+    def audience(self, to: Sequence[str] = ()) -> list[Any]:
         """Who is on any of the topics, each once; everyone if there are none."""
         with self._lock:
             if not to:
-                return list(self._topics_of)
+                return [conn for conn in self._topics_of if conn not in self._behind] if self._behind else list(
+                    self._topics_of)
             if len(to) == 1:
                 return list(self._on_topic.get(to[0], ()))
             return list({conn: None for topic in to for conn in self._on_topic.get(topic, ())})
+
+    def everyone(self) -> list[Any]:
+        with self._lock:
+            return list(self._topics_of)
+
+    def topics(self, conn: Any) -> tuple[str, ...]:
+        return self._topics_of.get(conn, ())
+
+    def sizes(self, most: int) -> dict[str, int]:
+        """How many are on each topic; the largest first."""
+        with self._lock:
+            sizes = [(len(members), topic) for topic, members in self._on_topic.items()]
+        return {topic: size for size, topic in sorted(sizes, reverse=True)[:most]}
 
     def __len__(self) -> int:
         return len(self._topics_of)
 
 
-# 9 ─ The server ───────────────────────────────────────────────────────────────────────────────────────────────────
+def _by_encoding(conns: Iterable[Connection]) -> Iterable[tuple[Encoding, list[Connection]]]:
+    groups: dict[Encoding, list[Connection]] = {}
+    last: Encoding | None = None
+    for conn in conns:
+        if conn._encoding is not last:  # who comes one after another is mostly of a kind
+            last = conn._encoding
+            group = groups.setdefault(last, [])
+        group.append(conn)
+    return groups.items()
+
+
+Audience = Tuple[Encoding, Sequence[int], "list[Connection]"]  # is sent the events of these numbers
+
+
+def audiences_of(events: Sequence[Event], registry: ClientRegistry) -> list[Audience]:
+    """Who is to be sent what: each client all of its events in one piece, and those that get the same, the same."""
+    by_topics: dict[tuple[str, ...], list[int]] = {}
+    for number, event in enumerate(events):
+        by_topics.setdefault(event.to, []).append(number)
+    if len(by_topics) == 1 and events[0].exclude is None:
+        to, numbers = by_topics.popitem()
+        return [(encoding, numbers, conns) for encoding, conns in _by_encoding(registry.audience(to))]
+    everyone = by_topics.pop((), [])
+    on: dict[Connection, tuple[int, ...]] = dict.fromkeys(registry.audience() if everyone else (), ())
+    for index, to in enumerate(by_topics):
+        for conn in registry.audience(to):
+            on[conn] = (*on.get(conn, ()), index)
+    for event in events:
+        if event.exclude is not None:  # of a broadcast(), which is alone
+            on.pop(event.exclude(), None)
+    members: dict[tuple[int, ...], list[Connection]] = {}
+    for conn, indices in on.items():
+        members.setdefault(indices, []).append(conn)
+    targeted = list(by_topics.values())
+    return [(encoding, sorted(everyone + [number for index in indices for number in targeted[index]]), conns)
+            for indices, alike in members.items() for encoding, conns in _by_encoding(alike)]
+
+
+class History:
+    """The last events that were sent, in this order, each under a number.
+
+    A client's position is the number of what it is to get next. Two steps must not be torn apart, and are taken under
+    `lock`: events are added and their audience is asked for; a client finds nothing that it has missed and joins
+    that audience. So each event reaches it in exactly one of the two ways.
+
+    An event that was sent, and may still be in its queue, is kept beyond the bounds: should we be killed, the next
+    server finds it there again, and must know that it has been sent.
+    """
+
+    def __init__(self, most_events: int, most_bytes: int, most_seconds: float, clock: Clock = time.time) -> None:
+        self.lock = threading.Lock()  # guards all below, but for _unsettled; the registry's comes after it
+        self._most, self.most_seconds = (most_events, most_bytes, most_seconds), most_seconds
+        self._clock = clock
+        self._events: deque[tuple[float, Event]] = deque()  # when each was sent
+        self._numbers: dict[str, int] = {}  # of their ids
+        self._first = self._size = 0  # number of the oldest; bytes of all
+        self._base = ""  # the id before the oldest, with which a client has missed nothing
+        self._epoch = os.urandom(6).hex()  # of this numbering
+        self._unsettled: set[Any] = set()  # sources of what may still be in its queue; who sends changes it
+
+    @property
+    def current(self) -> str:
+        """An id for where the history ends; that of the last event would tell everyone the name of its file."""
+        return f"{self._epoch}-{self.end}"
+
+    @property
+    def end(self) -> int:
+        return self._first + len(self._events)
+
+    def restore(self, epoch: str, first: int, base: str, events: Iterable[tuple[float, Event]]) -> None:
+        self._epoch, self._first, self._base = epoch, first, base
+        for at, event in events:
+            self._append(at, event)
+
+    def enter(self, events: Iterable[Event]) -> tuple[list[Event], set[int]]:
+        """Events with ids of their own, and the numbers of those that were sent already: not yet added."""
+        entered, repeats, ids = [], set(), set()
+        for number, event in enumerate(events):
+            if event.source is not None and event.source in self._unsettled:
+                repeats.add(number)
+            else:
+                while event.id in self._numbers or event.id in ids:  # a file's name may be used again
+                    event = event._replace(id=f"{event.id}~{time.time_ns():x}")
+                ids.add(event.id)
+            entered.append(event)
+        return entered, repeats
+
+    def settle(self, events: Iterable[Event] | None = None) -> None:
+        """These are in their queue no longer; None: nothing is."""
+        settled = list(self._unsettled) if events is None else [event.source for event in events]
+        self._unsettled.difference_update(settled)
+        with self.lock:
+            self._trim()
+
+    def add(self, events: Iterable[Event]) -> None:
+        now = self._clock()
+        for event in events:
+            self._append(now, event)
+
+    def _append(self, at: float, event: Event) -> None:
+        self._numbers[event.id] = self.end
+        self._events.append((at, event))
+        if event.source is not None:
+            self._unsettled.add(event.source)
+        self._size += event.size
+        self._trim()
+
+    def _trim(self) -> None:
+        count, size, seconds = self._most
+        oldest = self._clock() - seconds
+        while self._events and (len(self._events) > count or self._size > size or self._events[0][0] < oldest):
+            event = self._events[0][1]
+            if event.source in self._unsettled:
+                return
+            self._events.popleft()
+            if self._numbers.get(event.id) == self._first:
+                del self._numbers[event.id]
+            self._base, self._first, self._size = event.id, self._first + 1, self._size - event.size
+
+    def position(self, identity: str) -> int | None:
+        """Where a client goes on that has seen this event last; None: it is not known (any more)."""
+        self._trim()
+        if identity in self._numbers:
+            return self._numbers[identity] + 1
+        epoch, _, number = identity.rpartition("-")
+        if epoch == self._epoch and re.fullmatch("[0-9]{1,18}", number) and self._first <= int(number) <= self.end:
+            return int(number)
+        return self._first if identity == self._base else None
+
+    def after(self, position: int, conn: Any, topics: Iterable[str], most: int) -> tuple[list[Event], int] | None:
+        """The next events (`most` bytes and one) for a client on the topics, and the position behind them.
+
+        None: they are not kept any more.
+        """
+        self._trim()
+        if position < self._first:
+            return None
+        mine, events, size = set(topics), [], 0
+        for _, event in itertools.islice(self._events, position - self._first, None):
+            if size >= most:
+                break
+            position += 1
+            excluded = event.exclude is not None and event.exclude() is conn
+            if not excluded and (not event.to or not mine.isdisjoint(event.to)):
+                events.append(event)
+                size += event.size
+        return events, position
+
+    def kept(self) -> tuple[str, int, str, list[tuple[float, Event]]]:
+        """What restore() takes."""
+        with self.lock:
+            self._trim()
+            return self._epoch, self._first, self._base, list(self._events)
+
+
+class HistoryFile:
+    """history/events.log: what History keeps, for the next server. A line each, added before the event is sent.
+
+    What is in the file counts as sent: nobody's position can then be behind it. It belongs to the thread that sends.
+    No file is better than one with a hole: clients are then told to start anew, and not that they missed nothing. So
+    it goes when it cannot be written, and is not believed after a crash of the machine, which may forget its end.
+    """
+
+    def __init__(self, directory: str, history: History, most_bytes: int, is_ours: Callable[[], bool]) -> None:
+        self._directory, self._path = directory, f"{directory}/events.log"
+        self._history, self._most_bytes, self._is_ours = history, most_bytes, is_ours
+        self._fd, self._size, self._limit = -1, 0, 0  # bytes it has; and may have before it is written anew
+        self._retry_at = self._anew_at = 0.0  # monotonic
+        self._trouble = ""
+
+    def open(self) -> None:
+        """Restore the history; what cannot be read is logged, and forgotten. Raises QueueError."""
+        try:
+            self._history.restore(*self._load())
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            log.warning("the history in %s is not used (%s): clients that come back start anew", self._directory, error)
+        try:
+            self._write_anew(b"", durable=True)  # or a crash of the machine could bring a complete, older one back
+            self._anew_at = 0.0  # as soon as what it kept beyond the bounds is settled
+        except OSError as error:
+            self.remove(error)
+
+    def _load(self) -> tuple[str, int, str, list[tuple[float, Event]]]:
+        self._check_directory()
+        fd = os.open(self._path, _READ)
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * self._most_bytes + 64 * MIB:
+                raise ValueError("not a regular file, or too large")
+            head, *lines = file.read(status.st_size).split(b"\n")
+        first = json.loads(head)
+        if lines[-2:-1] != [_CLOSED] and not first["boot"] == _boot_id() != "":
+            raise ValueError("the machine may have crashed since")
+        if lines[-1] and not self._is_unsent(lines[-1]):
+            raise ValueError("its end is damaged")
+        events = [_parse_line(line) for line in lines[:-1] if line != _CLOSED]
+        return str(first["epoch"]), int(first["first"]), str(first["base"]), events
+
+    def _is_unsent(self, line: bytes) -> bool:
+        """Whether a line was torn when we were killed: then its event has not been sent, and is still in the queue."""
+        match = re.match(rb'\{"id":"[^"]*","source":\["((?:[^"\\]|\\.)*)",\[', line)
+        name = json.loads(b'"%s"' % match[1]) if match else ""
+        return bool(name) and os.path.lexists(os.path.join(os.path.dirname(self._directory), name))
+
+    def write(self, events: Sequence[Event]) -> str:
+        """Add events that are about to be sent. Returns what went wrong anew, to be logged under no lock."""
+        data, now = b"".join(_encode_line(time.time(), event) for event in events), time.monotonic()
+        try:
+            if self._fd >= 0 and self._size + len(data) <= self._limit and self._is_in_place():
+                _write_all(self._fd, data)
+                self._size += len(data)
+            elif self._fd >= 0 or now >= self._retry_at:
+                self._write_anew(data)
+        except OSError as error:
+            self._retry_at = now + 1.0
+            self.remove(error)
+            known, self._trouble = self._trouble, str(error.strerror)
+            if self._trouble in (known, _NOT_OURS):  # the queue thread says so, too
+                return ""
+            return (f"cannot keep the history in {self._directory} ({error.strerror}): clients that come back after a"
+                    " restart start anew")
+        self._trouble = ""
+        return ""
+
+    def expire(self) -> None:
+        """What the history has dropped for its age is not to stay in the file."""
+        if self._fd >= 0 and time.monotonic() >= self._anew_at:
+            with contextlib.suppress(OSError):  # the next write() will tell
+                self._write_anew(b"")
+
+    def _is_in_place(self) -> bool:
+        """Directories are replaced, and files tidied away, while a server runs."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except OSError:
+            return False
+
+    def _write_anew(self, data: bytes, durable: bool = False) -> None:
+        """Without what the history has dropped."""
+        if not self._is_ours():
+            raise OSError(errno.EBUSY, _NOT_OURS)
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._check_directory()
+        epoch, first, base, kept = self._history.kept()
+        head = json.dumps({"epoch": epoch, "first": first, "base": base, "boot": _boot_id()}).encode() + b"\n"
+        data = head + b"".join(_encode_line(at, event) for at, event in kept) + data
+        temporary = f"{self._directory}/.events.log.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        fd = os.open(temporary, _CREATE, 0o600)
+        try:
+            _write_all(fd, data)
+            if durable:
+                os.fsync(fd)
+            os.rename(temporary, self._path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.abandon()
+        self._fd, self._size, self._limit = fd, len(data), 2 * len(data) + MIB
+        self._anew_at = time.monotonic() + min(SWEEP_SECONDS, max(1.0, self._history.most_seconds))
+        if durable:
+            _write(os.open(self._directory, os.O_RDONLY), b"", durable)
+
+    def _check_directory(self) -> None:
+        """Whoever may write to the queue must not send the history elsewhere."""
+        if not stat.S_ISDIR(os.lstat(self._directory).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory, or a link")
+
+    def remove(self, reason: OSError | None = None) -> None:
+        """Raises QueueError if an old one stays, which the next server would believe."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        self.abandon()
+        with contextlib.suppress(OSError):
+            self._check_directory()
+            if not self._is_ours():
+                return
+            for name in (f"{self._directory}/.events.log.tmp", self._path):
+                with contextlib.suppress(OSError):  # where the directory may not be written, the file may
+                    os.close(os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK))
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            status = os.lstat(self._path)
+            if status.st_size and stat.S_ISREG(status.st_mode):
+                why = f" ({reason.strerror})" if reason else ""
+                raise QueueError(f"{self._path} can be neither written{why} nor removed: what it says would be wrong;"
+                                 " make its directory writable, or remove it")
+
+    def abandon(self) -> None:
+        """Close it as it is; also in a forked child."""
+        fd, self._fd = self._fd, -1  # in this order: a fork may come between
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def close(self) -> None:
+        """What was written until now survives the machine's end, too."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                _write_all(self._fd, _CLOSED + b"\n")
+                os.fsync(self._fd)
+        self.abandon()
+
+
+_CLOSED = b"{}"
+_NOT_OURS = "another server may have the directory"
+
+
+def _boot_id() -> str:
+    """Differs after each start of the machine; "" where nothing says so."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _encode_line(at: float, event: Event) -> bytes:
+    to = b',"to":' + encode_json(list(event.to), "topics") if event.to else b""
+    source = b',"source":' + json.dumps(event.source).encode() if event.source is not None else b""
+    return b'{"id":"%s"%s,"at":%.6f%s,"message":%s}\n' % (event.id.encode(), source, at, to, event.text)
+
+
+def _parse_line(line: bytes) -> tuple[float, Event]:
+    record = _DECODE(line.decode())
+    text = line.partition(b',"message":')[2][:-1]  # as it was sent; within a string the quotes would be escaped
+    return float(record["at"]), Event(str(record["id"]), _checked_topics(record.get("to")), record["at"], text,
+                                      _frozen(record.get("source")))
+
+
+def _frozen(value: Any) -> Any:
+    """A tuple where JSON made a list of it."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+# 9 ─ Tickets ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Who may connect, and as whom: a JSON Web Token (RFC 7519) signed with HS256 (RFC 7518, section 3.2), which any
+# language makes in five lines. No I/O, no state, any thread. Promises: nothing of a ticket is looked at before its
+# signature is found good, and no error says more than what is wrong with it.
+
+
+class Ticket(NamedTuple):
+    """What a valid ticket grants."""
+
+    user: str | None
+    topics: tuple[str, ...]
+
+
+def sign_ticket(secret: str | bytes, *, user: Any = None, topics: Iterable[str] = (), path: str | None = None,
+                ttl: float = 60.0) -> str:
+    """A ticket to connect with, as ?ticket=… or as Authorization: Bearer …, within the next `ttl` seconds.
+
+    secret: one of the server's. user: an id, which puts the client on the topic "user:ID". topics: what it is on
+    besides. path: the only one it may connect to; None is any. Raises SettingError.
+    """
+    key, now = secret if isinstance(secret, bytes) and secret else checked_secrets(secret)[0], time.time()
+    claims: dict[str, Any] = {}
+    claims.update({} if user is None else {"sub": str(user)}, **{} if path is None else {"path": path})
+    try:
+        claims.update(topics=list(_checked_topics(topics or None)), iat=int(now), exp=int(now + ttl))
+        _granted_by(claims)
+    except (ValueError, OverflowError) as error:
+        raise SettingError(f"a ticket cannot be made: {error}") from None
+    signed = b".".join(_base64url(encode_json(part, "a ticket")) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+    ticket = signed + b"." + _signature(key, signed)
+    if len(ticket) > TICKET_BYTES:
+        raise SettingError(f"a ticket of {len(ticket)} bytes is more than the {TICKET_BYTES} that a server accepts")
+    return ticket.decode()
+
+
+def verify_ticket(ticket: str, secrets: Iterable[str], path: str, now: float) -> Ticket:
+    """What the ticket grants to who connects to the path. Raises HandshakeError."""
+    try:
+        if len(ticket) > TICKET_BYTES:
+            raise ValueError(f"it has more than {TICKET_BYTES} bytes")
+        signed, _, signature = ticket.encode("latin-1", "replace").rpartition(b".")
+        if signed.count(b".") != 1:
+            raise ValueError("it is not a JSON Web Token")
+        if not _is_signed(signed, signature, secrets):
+            raise ValueError("its signature is not one of HS256 with a secret of this server")
+        header, claims = map(_json_object, signed.split(b"."))
+        if header.get("alg") != "HS256" or "crit" in header:  # "crit": extensions that must be understood (RFC 7515)
+            raise ValueError("only HS256, without extensions, is accepted")
+        _check_times(claims, now)
+        if "aud" in claims:  # RFC 7519, section 4.1.3: we are in nobody's list
+            raise ValueError('it is for another audience ("aud")')
+        if claims.get("path") not in (None, path):
+            raise ValueError("it is for another path")
+        return _granted_by(claims)
+    except (ValueError, RecursionError) as error:
+        raise refused_ticket(f"This ticket is refused: {error}.") from None
+
+
+def refused_ticket(sentence: str) -> HandshakeError:
+    return HandshakeError("401 Unauthorized", sentence, WWW_Authenticate="Bearer")
+
+
+def _is_signed(signed: bytes, signature: bytes, secrets: Iterable[str]) -> bool:
+    """As text: base64 has several spellings of the same bytes, and only one is ours. All secrets, in constant time."""
+    from hmac import compare_digest
+
+    return sum(compare_digest(_signature(secret, signed), signature) for secret in secrets) > 0
+
+
+def _signature(secret: str | bytes, signed: bytes) -> bytes:
+    import hmac
+
+    key = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
+    return _base64url(hmac.new(key, signed, "sha256").digest())
+
+
+def _base64url(data: bytes) -> bytes:
+    from base64 import urlsafe_b64encode
+
+    return urlsafe_b64encode(data).rstrip(b"=")
+
+
+def _json_object(part: bytes) -> dict[str, Any]:
+    from base64 import urlsafe_b64decode
+
+    try:
+        value = _DECODE(urlsafe_b64decode(part + b"==").decode())
+    except ValueError:
+        raise ValueError("it does not hold JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("it does not hold JSON objects")
+    return value
+
+
+def _check_times(claims: dict[str, Any], now: float) -> None:
+    """exp, which a ticket must have, and nbf (RFC 7519, section 4.1)."""
+    for name in ("exp", "nbf"):
+        value: Any = claims.get(name, 0 if name == "nbf" else None)
+        if type(value) not in (int, float) or not abs(value) < 1e15:  # a bool, text, or beyond any date
+            raise ValueError(f'"{name}" must be a time in seconds since 1970')
+    if now > claims["exp"] + LEEWAY_SECONDS:
+        raise ValueError("it has expired; fetch a new one each time you connect")
+    if now < claims.get("nbf", 0) - LEEWAY_SECONDS:
+        raise ValueError("it is not valid yet; compare the clocks")
+
+
+def _granted_by(claims: dict[str, Any]) -> Ticket:
+    user, topics, path = claims.get("sub"), claims.get("topics") or [], claims.get("path")
+    if type(user) is int:  # a StringOrURI by the RFC, but a number in many a database
+        user = str(user)
+    if user is not None and (not isinstance(user, str) or not user):
+        raise ValueError('"sub" must be a user id, a non-empty string')
+    if not isinstance(topics, list) or not all(isinstance(topic, str) and topic for topic in topics):
+        raise ValueError('"topics" must be a list of non-empty strings')
+    if path is not None and not (isinstance(path, str) and path.startswith("/")):
+        raise ValueError('"path" must start with a slash')
+    return Ticket(user, tuple(topics))
+
+
+# 10 ─ The server ──────────────────────────────────────────────────────────────────────────────────────────────────
 # The accept thread is that of the websocket_server package; this replaces the rest of it, and why:
 #   accept    its listen backlog of 5 drops connections in a rush; an accept() that fails for want of descriptors spins
 #   handshake request lines are read without limit or deadline, malformed ones end in a traceback on stderr, nothing
@@ -1913,18 +2550,21 @@ class Totals:
             return dict(self._totals)
 
 
-class CallbackPool:
-    """Runs on_message callbacks: one at a time and in order for each connection, and never on the I/O thread."""
+class WorkerPool:
+    """Runs what users wrote, and what may wait, never on the I/O thread: up to CALLBACK_THREADS at a time."""
 
-    def __init__(self, run: Callable[[Connection, Message], None]) -> None:
-        self._run = run
-        self._ready: SimpleQueue[tuple[Connection, Inbox] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []  # the I/O thread's
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._ready: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        self._lock = threading.Lock()  # guards _threads; a leaf
+        self._threads: list[threading.Thread] = []
 
-    def submit(self, conn: Connection, inbox: Inbox) -> None:
-        self._ready.put((conn, inbox))
-        if len(self._threads) < CALLBACK_THREADS:
-            thread = threading.Thread(target=self._work, name="wsqueue-callback", daemon=True)
+    def submit(self, work: Callable[..., Any], *args: Any) -> None:
+        self.go_on(work, *args)
+        with self._lock:
+            if len(self._threads) >= CALLBACK_THREADS:
+                return
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the process may have no more; those that are here will do
@@ -1933,14 +2573,19 @@ class CallbackPool:
             else:
                 self._threads.append(thread)
 
+    def waiting(self) -> int:
+        return self._ready.qsize()
+
+    def go_on(self, work: Callable[..., Any], *args: Any) -> None:
+        """For work itself: behind the others, so that a flood from one client does not starve them."""
+        self._ready.put((work, args))
+
     def _work(self) -> None:
-        for conn, inbox in iter(self._ready.get, None):
-            message = inbox.next()
-            if message is None:
-                conn.worked_off()
-            else:
-                self._run(conn, message)
-                self._ready.put((conn, inbox))  # behind the others: a flood from one client does not starve them
+        for work, args in iter(self._ready.get, None):
+            try:
+                work(*args)
+            except BaseException:
+                log.exception("%r failed", work)
 
     def stop(self) -> list[threading.Thread]:
         for _ in self._threads:
@@ -1951,22 +2596,23 @@ class CallbackPool:
 class IOThread:
     """Every connection is parked here: one selector, which only this thread touches.
 
-    Others call refresh(), which queues the connection for a look and interrupts the selector. answer(conn, request)
-    is called once a request is whole, by this thread or the one that has the connection before it is parked; it
-    raises HandshakeError.
+    Others call refresh(), which queues the connection for a look and interrupts the selector. answer(conn, request,
+    rest) is called once a request is whole, by this thread or the one that has the connection before it is parked; it
+    returns what of the rest is to be read now, and raises HandshakeError.
     """
 
-    def __init__(self, registry: ClientRegistry, settings: Any, totals: Totals,
-                 callbacks: Mapping[str, Callable[..., Any]], answer: Callable[[Connection, Request], None]) -> None:
-        self.registry, self.settings, self.totals, self.callbacks = registry, settings, totals, callbacks
-        self.answer = answer
-        self.pool = CallbackPool(self._run_callback)
+    def __init__(self, registry: ClientRegistry, history: History, settings: Any, totals: Totals,
+                 callbacks: Mapping[str, Callable[..., Any]],
+                 answer: Callable[[Connection, Request, bytes], bytes]) -> None:
+        self.registry, self.history, self.settings, self.totals = registry, history, settings, totals
+        self.callbacks, self.answer = callbacks, answer
+        self.pool, self.checks = WorkerPool("wsqueue-callback"), WorkerPool("wsqueue-check")
         self._parked: dict[Connection, int] = {}  # -> what the selector waits for; 0: nothing
         self._greeting: dict[Connection, None] = {}  # those in the handshake, the oldest first
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ)
-        self._touched: deque[tuple[Connection, bytes | None]] = deque()  # append and popleft are atomic
+        self._touched: deque[tuple[Connection, Callable[[], Any] | None]] = deque()  # append and popleft are atomic
         self._arrivals = itertools.count()
         self._shared_lock = threading.Lock()
         self._stop_by: float | None = None
@@ -1983,9 +2629,9 @@ class IOThread:
             self._shared_lock = threading.Lock()
         return self._shared_lock
 
-    def park(self, conn: Connection, rest: bytes) -> None:
-        """Hand the connection over, with what it has sent. The accept thread ends before stop() is called."""
-        self._touched.append((conn, rest))
+    def park(self, conn: Connection, step: Callable[[], Any]) -> None:
+        """Hand the connection over, and run step() there. New ones come from a thread that ends before stop()."""
+        self._touched.append((conn, step))
         self._waker.set()
 
     def stop(self, timeout: float) -> None:
@@ -2012,25 +2658,46 @@ class IOThread:
         self._selector.close()
         self._waker.close()
 
-    def _guarded(self, step: Callable[..., None], conn: Connection, *args: Any) -> None:
+    def _guarded(self, function: Callable[..., None], conn: Connection, *args: Any) -> None:
         """A bug of ours with one client must not take the others down."""
         try:
-            step(conn, *args)
+            function(conn, *args)
         except Exception:
             log.exception("closed %s:%s", *conn.address)
             conn.abort()
             self._drop(conn)
 
-    def _serve(self, conn: Connection, rest: bytes | None, mask: int = 0) -> None:
-        if rest is not None:  # it is new here
+    def _serve(self, conn: Connection, step: Callable[[], Any] | None, mask: int = 0) -> None:
+        if step is not None:
             self._welcome(conn)
-            conn.receive(rest)
+            step()
         if mask & selectors.EVENT_WRITE:
             conn.flush()
         if mask & selectors.EVENT_READ:
             conn.read(time.monotonic())
         conn.resume()
+        if conn._position is not None and not conn._held and not conn._pending and conn._state == OPEN:
+            self._catch_up(conn)
         self._settle(conn)
+
+    def _catch_up(self, conn: Connection) -> None:
+        """Send the next of what the client missed; once there is nothing, it is in the audience of what comes."""
+        history, most = self.history, min(CATCH_UP_BYTES, self.settings.outbox_bytes)
+        encoding = conn._encoding._replace(window=0)  # to compress for each client would take too long
+        with history.lock:
+            found = history.after(conn._position or 0, conn, self.registry.topics(conn), most)
+            if found is None:
+                conn._position, current = history.end, history.current
+            elif found[0]:
+                conn._position = found[1]
+            else:
+                conn._position = None
+                self.registry.catch_up(conn)
+                return
+        missed = [encoding.message(event.text, event.id) for event in found[0]] if found else [
+            encoding.message(notice("wsqueue.reset"), current)]
+        conn.send_frames(b"".join(missed))
+        self.refresh(conn)
 
     def _drop(self, conn: Connection) -> None:
         self.registry.discard(conn)
@@ -2044,8 +2711,10 @@ class IOThread:
             conn.dispose()
 
     def _welcome(self, conn: Connection) -> None:
+        if conn in self._parked or conn._sock.fileno() < 0:
+            return
         self._parked[conn] = 0
-        if conn._state == GREETING:
+        if conn._state < OPEN:
             self._greeting[conn] = None
             while len(self._greeting) > min(HALF_OPEN, descriptors() // 4):
                 oldest = next(iter(self._greeting))
@@ -2057,7 +2726,7 @@ class IOThread:
         before, inbox = self._parked.get(conn), conn._inbox
         if before is None:  # not here yet, or gone already
             return
-        if conn._state != GREETING:
+        if conn._state >= OPEN:
             self._greeting.pop(conn, None)
         if conn._state > OPEN:
             self.registry.discard(conn)
@@ -2103,14 +2772,19 @@ class IOThread:
         if inbox is None:
             inbox = conn._inbox = Inbox()
         if inbox.put(message, claim=True):
-            self.pool.submit(conn, inbox)
+            self.pool.submit(self._run_callback, conn, inbox)
         return True
 
-    def _run_callback(self, conn: Connection, message: Message) -> None:
-        inbox = conn._inbox
-        if inbox is not None and inbox.has_room_again:
+    def _run_callback(self, conn: Connection, inbox: Inbox) -> None:
+        """One at a time and in order for each connection."""
+        message = inbox.next()
+        if message is None:
+            conn.worked_off()
+            return
+        if inbox.has_room_again:
             self.refresh(conn)
         _run_user_code(self.callbacks[conn.path], conn, message)
+        self.pool.go_on(self._run_callback, conn, inbox)
 
     def forget(self) -> None:
         """In a forked child, which has copies of our descriptors, but not our thread."""
@@ -2121,12 +2795,17 @@ class IOThread:
         self._waker.close()
 
 
+def notice(name: str) -> bytes:
+    """The text of a message from the server itself."""
+    return encode_json({"event": name, "payload": None, "timestamp": int(time.time())}, name)
+
+
 def _run_user_code(function: Callable[..., Any], conn: Connection, *args: Any) -> None:
     try:
         function(conn, *args)
     except ConnectionClosed:
         pass  # recv() said so: the client has left, and nobody need be told
-    except (Exception, SystemExit):  # sys.exit() would end a callback thread, and the pool has only so many
+    except BaseException:  # sys.exit() would end a callback thread, and the pool has only so many
         log.exception("%r failed on %s; its connection is closed", function, conn.path)
         conn.close(SERVER_ERROR, "the handler failed")
 
@@ -2161,14 +2840,69 @@ def check_origin(request: Request, allowed: Sequence[str]) -> None:
     from urllib.parse import urlsplit
 
     origin = request.headers.get("origin")
+    if origin is None and request.headers.get("sec-fetch-mode") == "no-cors":  # any page may, with the user's cookies
+        raise HandshakeError("403 Forbidden", "A page may not ask for this without CORS: use EventSource or WebSocket.")
     if origin is None or "*" in allowed or origin in allowed:
         return
     with contextlib.suppress(ValueError):
         page = urlsplit(origin).hostname
-        if page and page == urlsplit("//" + request.headers.get("host", "")).hostname:
+        if page and page == host_name(request):
             return
     raise HandshakeError("403 Forbidden", f"Pages of {origin[:200]!r} may not connect. Add it to the setting"
                          " allowed_origins (--allowed-origins) if they should.")
+
+
+def cors_headers(origin: str | None, allowed: Sequence[str]) -> dict[str, str]:
+    """For a page whose origin has been checked (Fetch, section 3.2): with cookies, unless any page may read it."""
+    if origin is None:
+        return {}
+    if "*" in allowed:
+        return {"Access-Control-Allow-Origin": "*"}
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
+
+
+def asks_for_stream(request: Request) -> bool:
+    """Whether it is for server-sent events, which any GET can be."""
+    accepted = request.headers.get("accept", "").lower()
+    return request.method == "GET" and "text/event-stream" in accepted and not request.is_upgrade()
+
+
+def stream_head(cors: Mapping[str, str]) -> bytes:
+    """A browser comes back after a time of its own, so that not all do at once."""
+    import random
+
+    fields = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no",
+              "Connection": "close", **cors}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 200 OK\r\n{lines}\r\nretry: {random.randint(1000, 5000)}\n\n".encode("latin-1")  # noqa: S311
+
+
+def host_name(request: Request) -> str:
+    from urllib.parse import urlsplit
+
+    with contextlib.suppress(ValueError):
+        return urlsplit("//" + request.headers.get("host", "")).hostname or ""
+    return ""
+
+
+def is_loopback(host: str) -> bool:
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def read_secrets(path: str) -> tuple[str, ...]:
+    """A file's secrets, one a line. Raises SettingError, which does not show them."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return checked_secrets(file.read(), f"what is in secret_file {path!r}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingError(f"setting secret_file {path!r} cannot be read: {reason}") from None
 
 
 def tls_context(certificate: str, key: str) -> Any:
@@ -2286,28 +3020,15 @@ def _listen(host: str, port: int) -> Any:
         raise ServerError(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
 
 
-# Monitoring. Names and types of the metrics; the text format is that of Prometheus, version 0.0.4.
+class Page(NamedTuple):
+    """What the port answers to who does not want to listen."""
 
-_METRICS = {
-    "clients": ("gauge", "WebSocket clients that are connected."),
-    "backlog_events": ("gauge", "Event files that wait in the queue."),
-    "backlog_oldest_seconds": ("gauge", "Age of the oldest of them."),
-    "failed_files": ("gauge", "Files that were set aside in failed/."),
-    "events_total": ("counter", "Events that were sent."),
-    "deliveries_total": ("counter", "Events that were sent, times the clients that each was sent to."),
-    "connections_total": ("counter", "WebSocket clients that have connected."),
-    "refused_total": ("counter", "Requests that were answered with an HTTP error."),
-    "closed_total": ("counter", "Connections that the server closed, by what the client did wrong."),
-}
+    respond: Callable[[WebSocketServer, Request], bytes]
+    public: bool = False  # else it is for monitoring
+    waits: bool = False  # for a disk
 
 
-def metrics_text(samples: Mapping[str, float]) -> bytes:
-    """Samples by name and label: {'refused_total{status="403"}': 1}."""
-    lines = []
-    for name, (kind, text) in _METRICS.items():
-        lines += [f"# HELP wsqueue_{name} {text}", f"# TYPE wsqueue_{name} {kind}"]
-        lines += [f"wsqueue_{sample} {value}" for sample, value in samples.items() if sample.partition("{")[0] == name]
-    return ("\n".join(lines) + "\n").encode()
+PAGES: dict[tuple[str, str], Page] = {}  # by method and path; filled by section 12
 
 
 def _restore(handlers: dict[int, Any]) -> None:
@@ -2337,6 +3058,7 @@ class WebSocketServer:
         self._settings = checked_settings(settings)
         self._handlers: dict[str, Callable[[Connection], Any]] = {}
         self._callbacks: dict[str, Callable[[Connection, Message], Any]] = {}
+        self._check: Callable[[Request], Any] | None = None
         self._reset()
         _SERVERS.add(self)
 
@@ -2354,6 +3076,10 @@ class WebSocketServer:
         self._trouble = ""  # with the queue, as the queue thread met it last; the next three are that thread's, too
         self._backlog, self._looked_at, self._note_at = Backlog(0, 0.0, 0), time.monotonic(), 0.0
         self.registry, self._totals = ClientRegistry(), Totals()
+        self._started_at, self._token = time.monotonic(), ""
+        self._sending = threading.RLock()  # guards the order of the history and of all sending, which is the same
+        self._file: HistoryFile | None = None
+        self._history = History(0, 0, 0.0)
 
     @classmethod
     def get_instance(cls, app: Any = None) -> WebSocketServer:
@@ -2392,6 +3118,16 @@ class WebSocketServer:
     def on_message(self, path: str, callback: Callable[[Connection, Message], Any] | None = None) -> Any:
         """Run callback(conn, message) for each message, in order for each client; also as a decorator."""
         return self._route(self._callbacks, path, callback)
+
+    def authenticate(self, check: Callable[[Request], Any]) -> Any:
+        """Let in whom check(request) knows; also as a decorator.
+
+        It sees method, path, query, headers, cookies, address and the ticket's user, runs in a thread, and may take
+        its time (handshake_timeout). A user id (str or int) or True lets the client in, as that user; False or None
+        refuses it with 401. request.join(topic) puts it on a topic.
+        """
+        self._check = check
+        return self
 
     def _route(self, table: dict[str, Any], path: str, function: Any) -> Any:
         if not isinstance(path, str) or not path.startswith("/"):
@@ -2458,18 +3194,22 @@ class WebSocketServer:
     def _prepare(self) -> None:
         settings = self._settings
         self._tls = tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        self._secrets = settings.secret + (read_secrets(settings.secret_file) if settings.secret_file else ())
         self._queue = self._open_queue() if settings.queue else None  # before the port, which its holder has, too
         with contextlib.ExitStack() as undo:
             if self._queue:
                 undo.callback(self._queue.close)
             listener = _listen(settings.host, settings.port)
             undo.callback(listener.server_close)
-            self._io = IOThread(self.registry, settings, self._totals, self._callbacks, self._answer)
+            history = self._open_history()
+            undo.callback(self._close_history)
+            self._io = IOThread(self.registry, history, settings, self._totals, self._callbacks, self._answer)
             undo.pop_all()
         self._listener = listener
         self._listener.core = self
         self._stopped, self._stopping, self._signals = threading.Event(), threading.Event(), SimpleQueue()
-        self._looked_at = time.monotonic()
+        self._looked_at = self._started_at = time.monotonic()
+        self._token = _base64url(os.urandom(16)).decode()  # of the monitor page
         self._threads = [self._io.thread, threading.Thread(
             target=self._listener.serve_forever, args=(2.0,), name="wsqueue-accept", daemon=True)]
         if self._queue:
@@ -2481,6 +3221,27 @@ class WebSocketServer:
         queue = open_queue(self._settings.queue, **{name: getattr(self._settings, name) for name in names})
         queue.open()
         return queue
+
+    def _open_history(self) -> History:
+        settings = self._settings
+        self._history = history = History(settings.history_events, settings.history_bytes, settings.history_seconds)
+        if isinstance(self._queue, DirectoryQueue):
+            file = HistoryFile(f"{self._queue.path}/history", history, settings.history_bytes, self._queue.is_ours)
+            if settings.history_events:
+                file.open()
+                self._file = file
+            else:
+                file.remove()  # what is sent from now on would be a hole in it
+        return history
+
+    def _close_history(self) -> None:
+        file, self._file = self._file, None  # the directory may soon be somebody else's
+        if self._sending.acquire(timeout=self._settings.close_timeout):  # who writes to it may hang with its disk
+            try:
+                if file:
+                    file.close()
+            finally:
+                self._sending.release()
 
     def _stand_by(self, error: QueueInUseError) -> None:
         with self._lifecycle:
@@ -2540,7 +3301,8 @@ class WebSocketServer:
             with self._lifecycle:
                 spawned = list(self._spawned)
             self._join([*self._threads, *spawned])
-            self._join(self._io.pool.stop())  # after the I/O thread, which starts its threads
+            self._join([*self._io.pool.stop(), *self._io.checks.stop()])  # after the I/O thread, which starts them
+            self._close_history()
             if self._queue:
                 self._queue.close()
 
@@ -2562,6 +3324,8 @@ class WebSocketServer:
         if self._listener:
             self._listener.socket.close()
             self._io.forget()
+        if self._file:
+            self._file.abandon()
         if self._queue:
             with contextlib.suppress(OSError):  # a kqueue is not inherited
                 self._queue.close()
@@ -2596,7 +3360,7 @@ class WebSocketServer:
         return f"{'wss' if self._tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def get_connections(self) -> list[Connection]:
-        return self.registry.audience()
+        return self.registry.everyone()
 
     def get_connection_count(self) -> int:
         return len(self.registry)
@@ -2617,15 +3381,35 @@ class WebSocketServer:
         except Exception:
             log.exception("the handshake of %s:%s failed", *conn.address)
             conn.abort()
-        self._io.park(conn, rest)
+        self._io.park(conn, lambda: conn.receive(rest))
 
-    def _answer(self, conn: Connection, request: Request) -> None:
-        """A monitoring page for who asks for one; else let the client in. Raises HandshakeError."""
-        settings = self._settings
-        page = self._page(request)
-        if page:
-            conn.wind_down(LINGERING, page())
-            return
+    def _answer(self, conn: Connection, request: Request, rest: bytes) -> bytes:
+        """Let the client in, or give it a page; or have a thread find out. Raises HandshakeError."""
+        page = PAGES.get((request.method, request.path)) if not request.is_upgrade() and not asks_for_stream(
+            request) else None
+        if page and (page.public or self._is_monitored(request)):
+            respond = functools.partial(page.respond, self, request)
+            if page.waits:
+                self._ponder(conn, lambda: functools.partial(conn.wind_down, LINGERING, respond()))
+            else:
+                conn.wind_down(LINGERING, respond())
+            return b""
+        encoding, response = self._agree(request)
+        self._check_ticket(request)
+        if self._check:
+            if len(rest) > HEAD_BYTES or self._io.checks.waiting() > CHECKS_WAITING:
+                raise HandshakeError("503 Service Unavailable", "Too many wait to be let in.", Retry_After="5")
+            self._ponder(conn, functools.partial(self._authenticate, conn, request, encoding, response, rest))
+            return b""
+        self._admit(conn, request, encoding, response)
+        return rest
+
+    def _agree(self, request: Request) -> tuple[Encoding, bytes]:
+        """How the client is to be served, and the head of the response. Raises HandshakeError."""
+        settings, origin = self._settings, request.headers.get("origin")
+        if asks_for_stream(request):
+            check_origin(request, settings.allowed_origins)
+            return shared_encoding(0, True, True), stream_head(cors_headers(origin, settings.allowed_origins))
         key = websocket_key(request)
         check_origin(request, settings.allowed_origins)
         offers = request.headers.get("sec-websocket-extensions", "") if settings.deflate else ""
@@ -2633,23 +3417,94 @@ class WebSocketServer:
         response = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                     f"Sec-WebSocket-Accept: {accept_key(key)}\r\n"
                     + (f"Sec-WebSocket-Extensions: {extension}\r\n" if extension else "") + "\r\n")
-        self._admit(conn, request.path, response.encode(), window)
+        return shared_encoding(window, "last_event_id" in request.query), response.encode()
 
-    def _admit(self, conn: Connection, path: str, response: bytes, window: int) -> None:
+    def _check_ticket(self, request: Request) -> None:
+        if not self._secrets:
+            return
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        ticket = bearer.strip() if scheme.lower() == "bearer" else request.query.get("ticket")
+        if not ticket:
+            raise refused_ticket("A ticket is needed: add ?ticket=… to the URL, or send Authorization: Bearer …;"
+                                 " sign_ticket() makes one.")
+        granted = verify_ticket(ticket, self._secrets, request.path, time.time())
+        request.user = granted.user
+        request.topics += granted.topics
+
+    def _ponder(self, conn: Connection, work: Callable[[], Callable[[], Any]]) -> None:
+        """Run work() in a thread, and in the I/O thread what it returns."""
+        conn.await_answer()
+        self._io.checks.submit(self._find_answer, conn, work)
+
+    def _find_answer(self, conn: Connection, work: Callable[[], Callable[[], Any]]) -> None:
+        if conn._state != ANSWERING:  # it has left, or was too late
+            return
+        try:
+            step = work()
+        except HandshakeError as error:
+            step = functools.partial(conn.refuse, error)
+        except BaseException:  # what was raised in a thread of ours ends nothing else
+            log.exception("cannot say whether %s:%s may connect", *conn.address)
+            step = functools.partial(conn.refuse, HandshakeError("500 Internal Server Error", "The server failed."))
+        self._io.park(conn, step)
+
+    def _authenticate(self, conn: Connection, request: Request, encoding: Encoding, response: bytes,
+                      rest: bytes) -> Callable[[], Any]:
+        verdict = self._check(request) if self._check else True
+        if not verdict:
+            raise HandshakeError("401 Unauthorized", "This server does not know you. Log in, and connect again.")
+        if verdict is not True:
+            if not isinstance(verdict, (str, int)):
+                raise TypeError("the function given to authenticate() must return a user id (str or int), True, False"
+                                f" or None, not {type(verdict).__name__}")
+            request.user = verdict
+        return functools.partial(self._enter, conn, request, encoding, response, rest)
+
+    def _enter(self, conn: Connection, request: Request, encoding: Encoding, response: bytes, rest: bytes) -> None:
+        if conn._state == ANSWERING:
+            try:
+                self._admit(conn, request, encoding, response)
+                conn.receive(rest)
+            except HandshakeError as error:
+                conn.refuse(error)
+
+    def _resume(self, request: Request, encoding: Encoding) -> tuple[int | None, bytes]:
+        """Where in the history the client is, and what it is told of that."""
+        if not encoding.ids:
+            return None, b""
+        asked = request.query.get("last_event_id", "")
+        if encoding.stream:
+            asked = request.headers.get("last-event-id", asked)
+        history = self._history
+        with history.lock:
+            position = history.position(asked) if asked else history.end
+            current, up_to_date = history.current, position == history.end
+        identity = asked if _IDENTITY.fullmatch(asked) else "" if asked else current
+        least = self._settings.deflate_min_bytes
+        if up_to_date and not self._settings.history_events:  # nothing is kept for it while its handler joins topics
+            return None, encoding.message(notice("wsqueue.hello"), identity, least)
+        return -1 if position is None else position, encoding.message(notice("wsqueue.hello"), identity, least)
+
+    def _admit(self, conn: Connection, request: Request, encoding: Encoding, response: bytes) -> None:
         """Let the client in, and run its route's handler.
 
         The 101 goes into the outbox before the registry knows the client, so that a broadcast from another thread
         comes after it; and the registry knows it before the 101 is out, so that who is connected misses nothing.
         """
-        handler, most = self._handlers.get(path), self._settings.max_clients
+        path, most = request.path, self._settings.max_clients
+        handler = self._handlers.get(path)
         if handler and path not in self._callbacks:
             conn._inbox = Inbox()
+        position, hello = self._resume(request, encoding)
+        if encoding.stream and self._settings.ping_interval:
+            conn.expect_acknowledgements(self._settings.ping_interval + self._settings.ping_timeout)
+        topics = [path, *request.topics] + ([] if request.user is None else [f"user:{request.user}"])
         with self._lifecycle:  # two threads let clients in
             if most and len(self.registry) >= most:
                 raise HandshakeError("503 Service Unavailable", f"{most} clients are connected, as many as may"
                                      " (max_clients). Try again later.", Retry_After="5")
-            conn.open(path, response, window)
-            self.registry.add(conn, (path,))
+            conn.open(request, encoding, response + hello, position, handler is not None)
+            self.registry.add(conn, topics, behind=position is not None)
         conn.flush()
         self._totals.add("connections_total")
         if handler:
@@ -2675,20 +3530,20 @@ class WebSocketServer:
 
     def _run_handler(self, conn: Connection, handler: Callable[[Connection], Any]) -> None:
         _run_user_code(handler, conn)
+        conn.release()
         if conn.path not in self._callbacks:
             conn._inbox = None  # nobody consumes messages any more
             self._io.refresh(conn)
 
-    # Monitoring pages.
-
-    def _page(self, request: Request) -> Callable[[], bytes] | None:
-        """What makes the answer to a request for a monitoring page."""
+    def _is_monitored(self, request: Request) -> bool:
+        """Whether it may see the pages. Through a proxy, or by a name that resolves to us, anyone comes from here."""
         settings = self._settings
-        loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
-        if settings.monitoring == "off" or (settings.monitoring == "auto" and not loopback):
-            return None
-        pages = {"/healthz": self._health, "/metrics": self._metrics}
-        return pages.get(request.path) if request.method == "GET" and "upgrade" not in request.headers else None
+        if settings.monitoring != "auto":
+            return bool(settings.monitoring == "on")
+        headers = request.headers
+        direct = not headers.keys() & {"forwarded", "via", "x-forwarded-for"} and "upgrade" not in headers.get(
+            "connection", "").lower()  # nginx, as its manual sets it up for WebSocket, says so with every request
+        return direct and is_loopback(settings.host) and (is_loopback(host_name(request)) or "host" not in headers)
 
     def _note_backlog(self, queue: EventQueue) -> None:
         """For the pages, which must not wait for a disk; it takes a hundredth of the time at most."""
@@ -2697,26 +3552,18 @@ class WebSocketServer:
             self._backlog = queue.backlog()
             self._note_at = now + max(1.0, 100 * (time.monotonic() - now))
 
-    def _health(self) -> bytes:
-        backlog, trouble, silence = self._backlog, self._trouble, time.monotonic() - self._looked_at
-        if self._queue and silence > STALE_SECONDS:
-            trouble = f"the queue has not been looked at for {silence:.0f} s"
-        facts = {"status": "trouble" if trouble else "ok", "clients": len(self.registry), "backlog": backlog.waiting,
-                 "oldest_seconds": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
-        status = "503 Service Unavailable" if trouble else "200 OK"
-        return encode_response(status, encode_json(facts, "health") + b"\n", "application/json")
-
-    def _metrics(self) -> bytes:
-        backlog = self._backlog
-        samples = {**self._totals.all(), "clients": len(self.registry), "backlog_events": backlog.waiting,
-                   "backlog_oldest_seconds": round(backlog.oldest, 3), "failed_files": backlog.failed}
-        return encode_response("200 OK", metrics_text(samples), "text/plain; version=0.0.4; charset=utf-8")
+    def trouble(self) -> str:
+        """What is wrong with the queue; "" if it is served."""
+        silence = time.monotonic() - self._looked_at
+        return f"the queue has not been looked at for {silence:.0f} s" if (
+            self._queue and silence > STALE_SECONDS) else self._trouble
 
     # Events: the queue thread, and whoever calls broadcast().
 
-    def broadcast(self, event: str, payload: Any = None, to: Topics = None) -> None:
-        """Send an event from inside the server's process, past the queue. Raises EventError."""
-        self._fan_out([make_event(event, payload, to, time.time())])
+    def broadcast(self, event: str, payload: Any = None, to: Topics = None, exclude: Connection | None = None) -> None:
+        """Send an event from inside the server's process, past the queue; not to `exclude`. Raises EventError."""
+        made = make_event(event, payload, to, time.time(), _NAMES.next()[:-len(".json")])
+        self._fan_out([made if exclude is None else made._replace(exclude=weakref.ref(exclude))])
 
     def _consume(self, queue: EventQueue) -> None:
         owed: deque[_Owed] = deque()  # sent, but not taken by all; the oldest first
@@ -2729,11 +3576,14 @@ class WebSocketServer:
                     self._pace(late, sum(len(event.text) for event in events) >= TICK_BYTES)
                     owed.append(_Owed(events, late, time.monotonic() + LAG_SECONDS))
                 while owed and (len(owed) > LAGGING_TICKS or owed[0].is_settled(time.monotonic())):
-                    queue.done(owed.popleft().events)  # only now: a crash repeats an event, it does not lose it
+                    sent = owed.popleft().events
+                    queue.done(sent)  # only now: a crash repeats an event, it does not lose it
+                    self._history.settle(sent)
                 self._note_backlog(queue)
                 self._trouble = ""
                 if events:
                     continue
+                self._rest(bool(owed))
             except Exception as error:
                 if str(error) != self._trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
@@ -2744,19 +3594,51 @@ class WebSocketServer:
         for entry in owed:
             queue.done(entry.events)  # the I/O thread flushes what waits
 
-    def _fan_out(self, events: Iterable[Event]) -> set[Connection]:
-        """Send events, joined into one buffer for each run with the same audience; returns for whom something waits."""
+    def _rest(self, owed: bool) -> None:
+        """The queue has nothing to send."""
+        if not owed and not self._backlog.waiting:
+            self._history.settle()
+            if self._file:
+                with self._sending:
+                    self._file.expire()
+
+    def _fan_out(self, events: list[Event]) -> set[Connection]:
+        """Send events, joined into one buffer for each client; returns those for whom something waits."""
         late: set[Connection] = set()
-        least = self._settings.deflate_min_bytes
-        for to, run in itertools.groupby(events, lambda event: event.to):
-            texts = [event.text for event in run]
-            audience = self.registry.audience(to)
-            for window, members in _by_window(audience, max(map(len, texts)) >= least):
-                data = b"".join([encode_message(TEXT, text, window, least) for text in texts])
-                late.update(send_to_all(members, data))
-            self._totals.add("events_total", len(texts))
-            self._totals.add("deliveries_total", len(texts) * len(audience))
+        with self._sending:
+            entered, repeats = self._history.enter(events)
+            fresh = [event for number, event in enumerate(entered) if number not in repeats]
+            trouble = self._file.write(fresh) if self._file and fresh else ""
+            with self._history.lock:
+                self._history.add(fresh)
+                audiences = audiences_of(entered, self.registry)
+            try:
+                deliveries = self._send(entered, repeats, audiences, late)
+            except BaseException:  # who can resume has a gap now, and would not know of it
+                for conn in [conn for encoding, _, members in audiences if encoding.ids for conn in members]:
+                    conn.abort()
+                raise
+        if trouble:
+            log.error("%s", trouble)
+        self._totals.add("events_total", len(events))
+        self._totals.add("deliveries_total", deliveries)
         return late
+
+    def _send(self, events: list[Event], repeats: set[int], audiences: list[Audience], late: set[Connection]) -> int:
+        """Returns how many events went to how many clients."""
+        frames: dict[tuple[Encoding, int], bytes] = {}
+        least, deliveries = self._settings.deflate_min_bytes, 0
+        for encoding, numbers, members in audiences:
+            if encoding.ids and repeats:  # they have these, or will be told that they missed them
+                numbers = [number for number in numbers if number not in repeats]
+            for number in numbers:
+                if (encoding, number) not in frames:
+                    event = events[number]
+                    frames[encoding, number] = encoding.message(event.text, event.id, least)
+            if numbers:
+                late.update(send_to_all(members, b"".join([frames[encoding, number] for number in numbers])))
+            deliveries += len(members) * len(numbers)
+        return deliveries
 
     def _pace(self, late: set[Connection], more: bool) -> None:
         """Wait until clients that read, just not as fast as a burst, have taken it: the queue is their buffer.
@@ -2787,16 +3669,6 @@ class _Owed(NamedTuple):
 
     def is_settled(self, now: float) -> bool:
         return now >= self.deadline or not any(conn.keeps_up(now, LAG_SECONDS) for conn in self.late)
-
-
-def _by_window(audience: list[Connection], compress: bool) -> Iterable[tuple[int, list[Connection]]]:
-    """The connections by the window of their permessage-deflate: each group is sent the same bytes."""
-    if not compress:
-        return [(0, audience)]
-    groups: dict[int, list[Connection]] = {}
-    for conn in audience:
-        groups.setdefault(conn._window, []).append(conn)
-    return groups.items()
 
 
 # A fork copies descriptors and not threads: the child must not hold the parent's port, lock and clients open. So it
@@ -2839,9 +3711,419 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
+# 12 ─ The browser's side ──────────────────────────────────────────────────────────────────────────────────────────
+# Pages on the server's port: the JavaScript client, which anyone may fetch, and those for monitoring. They run on the
+# I/O thread, and wait for nothing.
+
+# Names and types of the metrics; the text format is that of Prometheus, version 0.0.4.
+_METRICS = {
+    "clients": ("gauge", "Clients that are connected, by WebSocket or as event streams."),
+    "backlog_events": ("gauge", "Event files that wait in the queue."),
+    "backlog_oldest_seconds": ("gauge", "Age of the oldest of them."),
+    "failed_files": ("gauge", "Files that were set aside in failed/."),
+    "events_total": ("counter", "Events that were sent."),
+    "deliveries_total": ("counter", "Events that were sent, times the clients that each was sent to."),
+    "connections_total": ("counter", "Clients that have connected."),
+    "refused_total": ("counter", "Requests that were answered with an HTTP error."),
+    "closed_total": ("counter", "Connections that the server closed, by what the client did wrong."),
+}
+
+
+def metrics_text(samples: Mapping[str, float]) -> bytes:
+    """Samples by name and label: {'refused_total{status="403"}': 1}."""
+    lines = []
+    for name, (kind, text) in _METRICS.items():
+        lines += [f"# HELP wsqueue_{name} {text}", f"# TYPE wsqueue_{name} {kind}"]
+        lines += [f"wsqueue_{sample} {value}" for sample, value in samples.items() if sample.partition("{")[0] == name]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _health(server: WebSocketServer) -> dict[str, Any]:
+    backlog, trouble = server._backlog, server.trouble()
+    return {"status": "trouble" if trouble else "ok", "clients": len(server.registry), "backlog": backlog.waiting,
+            "oldest_seconds": round(backlog.oldest, 3), "failed": backlog.failed, "trouble": trouble or None}
+
+
+def _json_page(value: Any, status: str = "200 OK") -> bytes:
+    return encode_response(status, encode_json(value, "a page") + b"\n", "application/json", Cache_Control="no-store")
+
+
+def _healthz(server: WebSocketServer, request: Request) -> bytes:
+    health = _health(server)
+    return _json_page(health, "503 Service Unavailable" if health["trouble"] else "200 OK")
+
+
+def _metrics_page(server: WebSocketServer, request: Request) -> bytes:
+    backlog = server._backlog
+    samples = {**server._totals.all(), "clients": len(server.registry), "backlog_events": backlog.waiting,
+               "backlog_oldest_seconds": round(backlog.oldest, 3), "failed_files": backlog.failed}
+    return encode_response("200 OK", metrics_text(samples), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _monitor_json(server: WebSocketServer, request: Request) -> bytes:
+    totals, everyone = server._totals.all(), server.get_connections()
+    return _json_page({
+        **_health(server), "topics": server.registry.sizes(MONITOR_TOPICS),
+        "streams": sum(conn._encoding.stream for conn in everyone), "events_total": totals["events_total"],
+        "deliveries_total": totals["deliveries_total"], "failures": server._backlog.failures, "version": __version__,
+        "uptime_seconds": round(time.monotonic() - server._started_at, 1)})
+
+
+def _monitor(server: WebSocketServer, request: Request) -> bytes:
+    nonce = _base64url(os.urandom(16)).decode()
+    page = MONITOR_HTML.replace("{{nonce}}", nonce).replace("{{token}}", server._token)
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self' ws: wss:;"
+              " base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return encode_response("200 OK", page.encode(), "text/html; charset=utf-8", Content_Security_Policy=policy,
+                           Cache_Control="no-store", X_Content_Type_Options="nosniff", Referrer_Policy="no-referrer")
+
+
+def _send_page(server: WebSocketServer, request: Request) -> bytes:
+    """Queue an event for the monitor page. Its token is what a page of another site cannot read."""
+    from hmac import compare_digest
+
+    check_origin(request, ())
+    given = request.headers.get("x-wsqueue-token", "")
+    if not compare_digest(given.encode(), server._token.encode()):
+        raise HandshakeError("403 Forbidden", "The token is not that of this server: reload the page.")
+    if server._queue is None:
+        raise HandshakeError("409 Conflict", "This server has no queue.")
+    query = request.query
+    try:
+        payload = json.loads(query.get("payload") or "null")
+        server._queue.put([(query.get("event", ""), payload)], to=query.get("to") or None)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and EventError are ValueErrors
+        raise HandshakeError("400 Bad Request", f"This is not an event: {error}") from None
+    except QueueError as error:
+        raise HandshakeError("503 Service Unavailable", str(error)) from None
+    return encode_response("204 No Content", b"")
+
+
+def _script(source: str) -> Page:
+    body = source.encode()
+    return Page(lambda server, request: encode_response(
+        "200 OK", body, "text/javascript; charset=utf-8", Access_Control_Allow_Origin="*",
+        Cache_Control="max-age=300", X_Content_Type_Options="nosniff"), public=True)
+
+
+WSQUEUE_JS = r"""
+// wsqueue in the browser: events over a WebSocket or, where that does not get through, over an event stream.
+//   const queue = new WSQueue("/chat", { ticket: async () => (await fetch("/ticket")).text() });
+//   queue.on("order_paid", (payload, message) => show(payload)).on("*", message => console.log(message));
+//   queue.onreset = () => refresh();        // what was missed is not known any more: fetch the present state
+//   queue.onstatus = status => { ... };     // "connecting", "open", "waiting" (for the next attempt) or "closed"
+//   queue.send("text"); queue.close();      // send() is false unless a WebSocket is open
+// The URL is relative to this script's. After a loss it goes on where it was; to go on where an earlier page was, set
+// queue.lastEventId right after `new`. queue.onmessage gets what is no event: a text that a handler sends.
+globalThis.WSQueue = class WSQueue {
+  static base = globalThis.document?.currentScript?.src || globalThis.location?.href;
+  static LONGEST = 30e3;     // ms between two attempts, at most
+  static STABLE = 5e3;       // a connection that lasted so long was a good one: the next delay is short again
+  static PATIENCE = 20e3;    // an attempt that has not said hello by then has failed
+  static LOOK_AGAIN = 300e3; // beside a stream, now and then: does a WebSocket work by now?
+  static REMEMBERED = 1000;  // ids, to know repeats by
+
+  status = "waiting"; lastEventId = ""; onstatus = null; onreset = null; onmessage = null;
+  #url; #options; #timer; #socket; #stream = false; #failures = 0; #listeners = new Map(); #seen = new Set();
+  #attempts = new Set(); // the connection, or what is to become one; beside a stream, the WebSocket to replace it
+  #online = () => { if (this.status === "waiting") this.#connect(); };
+
+  constructor(url, { ticket, credentials = true } = {}) { // a stream from allowed_origins "*" wants credentials: false
+    this.#url = new URL(url, WSQueue.base);
+    if (!/^(ws|http)s?:$/.test(this.#url.protocol)) throw new TypeError(`WSQueue: not a server's URL: ${this.#url}`);
+    this.#options = { ticket, withCredentials: credentials };
+    globalThis.addEventListener?.("online", this.#online);
+    queueMicrotask(() => this.#connect()); // once the listeners are there
+  }
+  on(event, listener) {
+    this.#listeners.set(event, [...(this.#listeners.get(event) || []), listener]);
+    return this;
+  }
+  send(text) {
+    if (this.#socket?.readyState !== 1) return false;
+    return this.#socket.send(text), true;
+  }
+  close() {
+    for (const attempt of this.#attempts) this.#drop(attempt);
+    clearTimeout(this.#timer);
+    globalThis.removeEventListener?.("online", this.#online);
+    this.#tell("closed");
+  }
+
+  #connect() {
+    clearTimeout(this.#timer);
+    this.#tell("connecting");
+    if (this.status === "connecting") this.#try(this.#stream);
+  }
+  #try(stream) {
+    const attempt = { stream, lastId: "", timer: setTimeout(() => this.#end(attempt), WSQueue.PATIENCE) };
+    this.#attempts.add(attempt);
+    const { ticket } = this.#options, ask = async () => typeof ticket === "function" ? ticket() : ticket;
+    ask().then(given => { if (this.#attempts.has(attempt)) this.#open(attempt, given); })
+      .catch(error => { console.error("WSQueue:", error); this.#end(attempt); });
+  }
+  #open(attempt, ticket) {
+    const url = new URL(this.#url);
+    url.protocol = url.protocol.replace(/ws|http/, attempt.stream ? "http" : "ws");
+    url.hash = "";
+    url.searchParams.set("last_event_id", this.lastEventId);
+    if (ticket) url.searchParams.set("ticket", String(ticket).trim());
+    attempt.tried = true;
+    const link = attempt.link = attempt.stream ? new EventSource(url, this.#options) : new WebSocket(url);
+    link.onmessage = received => this.#receive(attempt, received);
+    link.onerror = link.onclose = () => this.#end(attempt); // before an EventSource tries again by itself
+  }
+  #end(attempt) {
+    if (!this.#drop(attempt)) return;
+    const opened = "openedAt" in attempt;
+    if (performance.now() - attempt.openedAt >= WSQueue.STABLE) this.#failures = 0;
+    if (this.#attempts.size) return opened && this.#tell("connecting");
+    if (attempt.tried && !opened && globalThis.EventSource) this.#stream = !attempt.stream;
+    const longest = Math.min(WSQueue.LONGEST, 1000 * 2 ** this.#failures++);
+    this.#timer = setTimeout(() => this.#connect(), Math.random() * longest); // full jitter: not all at once
+    this.#tell("waiting");
+  }
+  #drop(attempt) {
+    clearInterval(attempt.timer); // or the timeout: they are one list
+    attempt.link?.close();
+    return this.#attempts.delete(attempt);
+  }
+
+  #receive(attempt, { data, lastEventId }) {
+    let message;
+    try { message = JSON.parse(data); } catch { /* it is no event */ }
+    if (typeof message?.event !== "string") return this.#call(this.onmessage, data);
+    if (attempt.stream) { // where ids stand beside the messages, and one without seems to have that of the one before
+      message.id = lastEventId === attempt.lastId ? undefined : lastEventId;
+      attempt.lastId = lastEventId;
+    }
+    const { event, payload } = message, id = typeof message.id === "string" && message.id;
+    if (id) this.lastEventId = id;
+    if (event === "wsqueue.hello") return this.#hello(attempt);
+    if (event === "wsqueue.reset") return this.#seen.clear(), this.#call(this.onreset);
+    if (id && this.#seen.has(id)) return;
+    if (id && this.#seen.add(id).size > WSQueue.REMEMBERED) this.#seen.delete(this.#seen.values().next().value);
+    for (const listener of this.#listeners.get(event) || []) this.#call(listener, payload, message);
+    for (const listener of this.#listeners.get("*") || []) this.#call(listener, message);
+  }
+  #hello(attempt) {
+    clearTimeout(attempt.timer);
+    for (const other of this.#attempts) if (other !== attempt) this.#drop(other);
+    attempt.openedAt = performance.now();
+    this.#stream = attempt.stream;
+    if (!attempt.stream) this.#socket = attempt.link;
+    else attempt.timer = setInterval(() => this.#try(false), WSQueue.LOOK_AGAIN * (1 + Math.random()));
+    if (attempt.stream && this.#socket) this.#try(false); // that has worked: it was the server that was down
+    this.#tell("open");
+  }
+  #tell(status) {
+    if (status === this.status || this.status === "closed") return;
+    this.status = status;
+    this.#call(this.onstatus, status);
+  }
+  #call(listener, ...values) {
+    try { listener?.(...values); } catch (error) { (globalThis.reportError || console.error)(error); }
+  }
+};
+if (typeof module === "object" && module) module.exports = { WSQueue: globalThis.WSQueue };
+"""[1:]
+
+MONITOR_HTML = r"""
+<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>wsqueue</title>
+<style nonce="{{nonce}}">
+  :root { color-scheme: light dark; --page: #fff; --ink: #14171a; --quiet: #5f676f; --line: #d9dde1; --field: #848c94;
+    --tint: #f3f4f6; --ok: #08763f; --trouble: #a04f00; --bad: #bf2319; --sans: system-ui, sans-serif;
+    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
+  @media (prefers-color-scheme: dark) { :root { --page: #101214; --ink: #e4e7ea; --quiet: #959da5; --line: #2a2e33;
+    --field: #69717a; --tint: #191c1f; --ok: #4cc586; --trouble: #efa63c; --bad: #ff8073; } }
+  * { box-sizing: border-box; margin: 0; padding: 0; list-style: none; }
+  body { background: var(--page); color: var(--ink); font: 15px/1.45 var(--sans); font-variant-numeric: tabular-nums;
+    overflow-wrap: anywhere; }
+  header > div, main { max-width: 82rem; margin: 0 auto; padding: 0 clamp(1rem, 3vw, 2.5rem); }
+  h1, h2, dt, label, small, .note { font-size: .8rem; font-weight: 400; color: var(--quiet); }
+  h1 b, h2 { color: var(--ink); font-weight: 650; }
+  h2 { display: flex; gap: .7rem; align-items: baseline; padding-bottom: .35rem; border-bottom: 1px solid var(--ink); }
+  h2 small { flex: 1; } h2 button { all: unset; cursor: pointer; font-weight: 400; text-decoration: underline; }
+  :focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
+
+  header > div { padding-block: 1.1rem 1.5rem; } .ok #state { color: var(--ok); }
+  #state { font: 650 clamp(3rem, 9vw, 4.75rem)/1 var(--sans); letter-spacing: -.04em; margin: 1.3rem 0 .5rem -.02em; }
+  #sentence { font-size: 1.05rem; max-width: 64ch; min-height: 1.45em; }
+  .trouble, .unreachable { background: var(--trouble); color: var(--page); } .unreachable { background: var(--bad); }
+  :is(.trouble, .unreachable) :is(h1, b) { color: inherit; } .unreachable + main .figure { opacity: .55; }
+
+  dl { display: grid; grid-template-columns: 1fr 1.9fr 1fr 1fr; border-top: 1px solid; margin-bottom: 2rem; }
+  :is(.trouble, .unreachable) + main dl { border-color: transparent; }
+  dl > div { padding: .6rem 1.2rem .4rem; border-left: 1px solid var(--line); }
+  dl > div:first-child { padding-left: 0; border: 0; }
+  dd { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0 1.2rem; }
+  dd b { font-size: 2.1rem; font-weight: 350; line-height: 1.3; letter-spacing: -.02em; }
+  dd small { grid-column: 1 / -1; width: 0; min-width: 100%; } .bad b { color: var(--trouble); font-weight: 600; }
+  svg { width: 100%; height: 2.2rem; align-self: center; overflow: visible; color: var(--ok); }
+
+  .columns { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 2.2rem 3rem; padding-bottom: 3rem; }
+  aside, form { display: grid; gap: 2.2rem; align-content: start; } form { gap: .7rem; padding-top: .6rem; }
+  li { border-bottom: 1px solid var(--line); } .note:not(:empty), summary, aside li { padding: .25rem 0; }
+  aside li { font-size: .87rem; display: grid; } #topics li { grid-template-columns: 1fr auto; gap: 1rem; }
+  pre, summary, code { font: .8rem/1.55 var(--mono); } time, summary span, code { color: var(--quiet); }
+  summary { display: grid; grid-template-columns: 4.6rem 13rem minmax(0, 1fr); gap: 0 1rem; cursor: pointer; }
+  summary > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  summary:hover { background: var(--tint); }
+  summary::-webkit-details-marker { display: none; } #events:empty::before { content: "None yet"; color: var(--quiet); }
+  pre { white-space: pre-wrap; padding-bottom: .6rem; max-height: 24rem; overflow: auto; }
+  input, textarea, form button { display: block; width: 100%; padding: .4rem .5rem; border: 1px solid var(--field);
+    border-radius: 2px; background: var(--tint); color: var(--ink); font: .82rem/1.45 var(--mono); resize: vertical; }
+  form button { background: var(--ink); color: var(--page); font: 600 .85rem/1.45 var(--sans); cursor: pointer; }
+  @media (max-width: 60rem) { .columns { grid-template-columns: minmax(0, 1fr); } aside { display: contents; }
+    #failures-part { order: -1; } }
+  @media (max-width: 44rem) { dl { grid-template-columns: repeat(3, minmax(0, 1fr)); } dl > div { padding-right: 0; }
+    dl > .wide { grid-column: 1 / -1; order: -1; padding: .6rem 0; border: 0; border-bottom: 1px solid var(--line); }
+    dl > div:nth-child(n + 3) { padding-left: .8rem; } dd b { font-size: 1.7rem; } summary b { order: -1; }
+    summary { grid-template-columns: minmax(0, 1fr) auto; } summary span { grid-column: 1 / -1; }
+    input, textarea { font-size: 16px; } /* phones zoom in on less */ }
+</style>
+<header id="top"><div><h1><b>wsqueue</b> <span id="about"></span></h1>
+  <div role="status"><p id="state">…</p><p id="sentence"></p></div></div></header>
+<main><dl>
+    <div><dt>Clients</dt><dd class="figure"><b id="clients">&ndash;</b><small id="clients-more"></small></dd></div>
+    <div class="wide"><dt>Events per second</dt><dd class="figure"><b id="rate">&ndash;</b>
+      <svg viewBox="0 0 119 30" preserveAspectRatio="none" role="img" aria-label="The last two minutes"><path id="line"
+        fill="none" stroke="currentColor" stroke-width="1.5" vector-effect="non-scaling-stroke"/></svg>
+      <small id="rate-more"></small></dd></div>
+    <div><dt>Waiting</dt><dd class="figure"><b id="backlog">&ndash;</b><small id="backlog-more"></small></dd></div>
+    <div id="failed-part"><dt>Failed</dt><dd class="figure"><b id="failed">&ndash;</b><small id="failed-more"></small>
+      </dd>
+  </div></dl><div class="columns">
+    <section><h2>Live <small id="which"></small><button id="hold" aria-pressed="false">Hold</button></h2>
+      <p class="note" id="live"></p><ol id="events"></ol></section>
+    <aside>
+      <section id="failures-part" hidden><h2>Failed <small>in failed/, each beside its .reason</small></h2>
+        <ul id="failures" class="figure"></ul></section>
+      <section><h2>Topics <small id="topics-more"></small></h2><ul id="topics" class="figure"></ul></section>
+      <section><h2>Send</h2><form id="send" autocomplete="off" autocapitalize="off" spellcheck="false">
+        <label>Event<input name="event" required></label>
+        <label>Payload, as JSON<textarea name="payload" rows="3"></textarea></label>
+        <label>Topic; without one, everyone gets it<input name="to"></label>
+        <button>Send</button><output id="sent"></output></form></section>
+    </aside></div></main>
+<script src="/wsqueue.js" nonce="{{nonce}}"></script>
+<script nonce="{{nonce}}">
+"use strict";
+const $ = id => document.getElementById(id), ticket = new URLSearchParams(location.search).get("ticket");
+const number = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits });
+const many = (count, one, more = one + "s") => `${number(count)} ${count === 1 ? one : more}`;
+const clock = (seconds = Date.now() / 1000) => new Date(seconds * 1000).toLocaleTimeString("en", { hourCycle: "h23" });
+const element = (name, ...parts) => { const made = document.createElement(name); made.append(...parts); return made; };
+const rates = [], fresh = [], shown = {};
+let before = null, answered = "", opened = false;
+
+function put(texts) { // only what changed: else a selection would go each second, and a screen reader read it anew
+  for (const [id, text] of Object.entries(texts)) if ($(id).textContent !== text) $(id).textContent = text;
+}
+function lasted(seconds) {
+  const units = [["days", 86400], ["h", 3600], ["min", 60], ["s", 0]];
+  const [unit, size] = units.find(([, size]) => seconds >= 2 * size);
+  return `${number(seconds / (size || 1), 1)} ${unit}`;
+}
+function fill(id, rows, tags) {
+  if (shown[id] === (shown[id] = JSON.stringify(rows))) return;
+  $(id).replaceChildren(...rows.map(row => element("li", ...row.map((text, i) => element(tags[i], text)))));
+}
+function say(state, sentence) {
+  $("top").className = state.toLowerCase();
+  document.title = `${state} \u2013 wsqueue`;
+  put({ state, sentence });
+}
+function draw(rate) { // null: not known
+  if (rates.push(rate) > 120) rates.shift();
+  const peak = Math.max(...rates), latest = rates.slice(-5).filter(value => value !== null);
+  const mean = latest.reduce((sum, value) => sum + value, 0) / latest.length;
+  const point = (value, i) => `${120 - rates.length + i} ${30 - 30 * value / (peak || 1)}`;
+  const step = (value, i) => value === null ? "" : ((rates[i - 1] ?? null) === null ? "M" : "L") + point(value, i);
+  $("line").setAttribute("d", rates.map(step).join(""));
+  put({ rate: latest.length ? number(mean, mean < 100 ? 1 : 0) : "\u2013" });
+  return peak;
+}
+function show({ clients, streams, topics, backlog, failed, failures, ...facts }) {
+  const now = performance.now(), total = facts.events_total, deliveries = facts.deliveries_total;
+  const peak = draw(before && total >= before.total ? (total - before.total) * 1000 / (now - before.now) : null);
+  before = { now, total };
+  answered = clock();
+  say(facts.trouble ? "Trouble" : "OK", facts.trouble
+    || (backlog ? `${many(backlog, "file")} still to be sent.` : "All that was queued has been sent."));
+  put({ about: `${facts.version} on ${location.host}, up ${lasted(facts.uptime_seconds)}`, clients: number(clients),
+    "clients-more": streams ? `${many(streams, "event stream")} among them` : "", backlog: number(backlog),
+    "rate-more": `peak ${number(peak)}; ${many(total, "event")}, ${many(deliveries, "delivery", "deliveries")} in all`,
+    "backlog-more": backlog ? `files, the oldest for ${lasted(facts.oldest_seconds)}` : "files", failed: number(failed),
+    "failed-more": failed > failures.length ? `files; the newest ${failures.length} below` : "files",
+    "topics-more": Object.keys(topics).length ? "clients on each" : "no client is on any" });
+  $("failed-part").className = failed ? "bad" : "";
+  $("failures-part").hidden = !failures.length;
+  fill("failures", failures.map(({ name, reason }) => [reason, name]), ["span", "code"]);
+  fill("topics", Object.entries(topics).map(([topic, count]) => [topic, number(count)]), ["span", "b"]);
+}
+async function look() {
+  const asked = fetch("/monitor.json", { cache: "no-store", signal: AbortSignal.timeout(3000) });
+  const text = await asked.then(response => response.text()).catch(() => "");
+  setTimeout(look, 1000);
+  if (text.startsWith("{")) return show(JSON.parse(text));
+  draw(before = null);
+  if (text) say("Trouble", `Instead of its state the server says: ${text.slice(0, 500)}`);
+  else say("Unreachable", `No answer from ${location.host}${answered && ` since ${answered}; the figures are old`}.`);
+}
+
+function row({ event, payload, timestamp }) {
+  const text = JSON.stringify(payload, null, 2), lines = text.split(String.fromCharCode(10));
+  const line = element("summary", element("time", clock(timestamp)), element("b", event),
+    element("span", lines.slice(0, 99).map(part => part.trim()).join(" ").slice(0, 500)));
+  return element("li", element("details", line, element("pre", text.slice(0, 50000))));
+}
+function list() {
+  if ($("hold").ariaPressed === "true") return;
+  $("events").prepend(...fresh.splice(0).map(row).reverse());
+  while ($("events").children.length > 100) $("events").lastChild.remove();
+}
+async function send(form) {
+  const { event, to, ...more } = Object.fromEntries(new FormData(form)), payload = more.payload.trim() || "null";
+  try { JSON.parse(payload); } catch (error) { return `The payload is not JSON: ${error.message}`; }
+  const query = new URLSearchParams({ event, payload, ...(to && { to }) });
+  const request = { method: "POST", headers: { "X-Wsqueue-Token": "{{token}}" } };
+  const response = await fetch(`/send?${query}`, request).catch(() => null);
+  if (response?.ok) return `Queued at ${clock()}.`;
+  const reason = response ? await response.text() : "The server does not answer.";
+  const stale = response?.status === 403 && reason.toLowerCase().includes("token");
+  return stale ? "The server has started anew: reload the page." : reason;
+}
+$("send").onsubmit = async event => { event.preventDefault(); put({ sent: await send(event.target) }); };
+$("hold").onclick = () => { $("hold").ariaPressed = String($("hold").ariaPressed !== "true"); };
+look();
+setInterval(list, 250);
+
+const queue = new WSQueue("/", { ticket }).on("*", message => { if (fresh.push(message) > 100) fresh.shift(); });
+queue.onstatus = status => {
+  opened ||= status === "open";
+  const expired = ticket ? " The ticket in this page's address may have expired." : "";
+  put({ live: status === "open" ? "" : opened ? "The connection is lost; trying again." + expired
+    : "Not connected yet. If the server wants a ticket, put ?ticket= into this page's address." });
+};
+put({ which: `only events for everyone or the topic /${ticket ? ", or that the ticket grants" : ""}` });
+</script>
+"""[1:]
+
+PAGES.update({
+    ("GET", "/wsqueue.js"): _script(WSQUEUE_JS),
+    ("GET", "/wsqueue.mjs"): _script(f"{WSQUEUE_JS}\nexport const {{ WSQueue }} = globalThis;\n"
+                              "WSQueue.base = import.meta.url;\n"),
+    ("GET", "/"): Page(_monitor), ("GET", "/monitor.json"): Page(_monitor_json), ("GET", "/healthz"): Page(_healthz),
+    ("GET", "/metrics"): Page(_metrics_page), ("POST", "/send"): Page(_send_page, waits=True),
+})
+
+
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────
-# wsqueue serve | send | listen | status. Each command returns its exit status; what a user did wrong is one line on
-# stderr: 1 for what failed, 2 for a command line that makes no sense.
+# wsqueue serve | send | listen | status | ticket. Each command returns its exit status; what a user did wrong is one
+# line on stderr: 1 for what failed, 2 for a command line that makes no sense.
 
 
 def _parser() -> Any:
@@ -2850,22 +4132,29 @@ def _parser() -> Any:
     parser = argparse.ArgumentParser(prog="wsqueue", description="Push events from any process to every browser.")
     parser.add_argument("--version", action="version", version=f"wsqueue {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serve = commands.add_parser("serve", help="broadcast a queue's events (the default command)")
+    command = functools.partial(commands.add_parser, allow_abbrev=False)  # else --secret X would be --secret-file X
+    serve = command("serve", help="broadcast a queue's events (the default command)")
     for setting in SETTINGS:
         _add_option(serve, setting)
-    send = commands.add_parser("send", help="queue an event")
+    send = command("send", help="queue an event")
     send.add_argument("event", help="its name, such as order_paid")
     send.add_argument("payload", nargs="?", default="null", metavar="JSON", help="its payload; - reads it from stdin")
     send.add_argument("--to", action="append", metavar="TOPIC", help="only to clients on this topic; may be repeated")
     send.add_argument("--durable", action="store_true", help="survive a power cut (fsync)")
-    listen = commands.add_parser("listen", help="print the messages of a server, one a line")
+    listen = command("listen", help="print the messages of a server, one a line")
     listen.add_argument("url", metavar="URL", help="such as ws://127.0.0.1:8081/")
     listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
     listen.add_argument("--timeout", type=float, metavar="S",
                         help="end after S seconds; status 1 if --count is not reached")
-    status = commands.add_parser("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
-    for command in (send, status):
-        _add_option(command, _BY_NAME["queue"])
+    status = command("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
+    for each in (send, status):
+        _add_option(each, _BY_NAME["queue"])
+    ticket = command("ticket", help="print a ticket to connect with; its secret is that of the server")
+    ticket.add_argument("--user", metavar="ID", help="who connects with it; gets events to the topic user:ID")
+    ticket.add_argument("--topic", action="append", default=[], metavar="TOPIC", help="may be repeated")
+    ticket.add_argument("--path", help="the only path that it is for")
+    ticket.add_argument("--ttl", type=float, default=60.0, metavar="S", help="seconds to connect within (default: 60)")
+    _add_option(ticket, _BY_NAME["secret_file"])
     return parser
 
 
@@ -2873,10 +4162,13 @@ def _add_option(parser: Any, setting: Setting) -> None:
     """An option of the same name; its default is the environment's, where the setting has a variable."""
     import argparse
 
+    if setting.unit == "secret":
+        return  # every user of the machine sees command lines (ps)
     kind = type(setting.default)
     option = "--" + setting.name.replace("_", "-")
     given = os.environ.get(setting.variable)
-    default = given or ("ws_queue" if setting.name == "queue" else setting.default)
+    named = given is not None and setting.unit == "file"  # a secret's, that is not there: never serve all instead
+    default = given if given or named else "ws_queue" if setting.name == "queue" else setting.default
     unit = f" [{setting.unit}]" if setting.unit in ("seconds", "bytes") else ""
     variable = f", ${setting.variable}" if setting.variable else ""
     shown = "none" if default in ("", ()) else default
@@ -2896,7 +4188,7 @@ def _add_option(parser: Any, setting: Setting) -> None:
                             help=f"Turn off: {setting.meaning}")
     else:
         metavar = setting.unit if "|" in setting.unit else setting.unit.upper()  # the former are words to be typed
-        parser.add_argument(option, type=convert, default=None if default in ("", ()) else default,
+        parser.add_argument(option, type=convert, default=None if default in ("", ()) and not named else default,
                             action="append" if kind is tuple else "store", metavar=metavar, help=text)
 
 
@@ -2907,6 +4199,7 @@ def _serve(options: Any) -> int:
     given = {name: value for name, value in vars(options).items() if name in _BY_NAME and value is not None}
     if not given["queue"]:
         raise SettingError("the name of the queue directory is empty: give --queue DIR")
+    given["secret"] = _secrets_of_environment()
     server = WebSocketServer(**given)
     _raise_descriptor_limit()
 
@@ -2917,6 +4210,19 @@ def _serve(options: Any) -> int:
         log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
 
     server.start(ready=ready)
+    return 0
+
+
+def _secrets_of_environment() -> tuple[str, ...]:
+    secrets = os.environ.get("WS_SECRET")
+    return () if secrets is None else checked_secrets(secrets, "the environment variable WS_SECRET")
+
+
+def _ticket(options: Any) -> int:
+    secrets = _secrets_of_environment() or (read_secrets(options.secret_file) if options.secret_file else ())
+    if not secrets:
+        raise SettingError("there is no secret to sign with: set WS_SECRET, or name a file with --secret-file")
+    print(sign_ticket(secrets[0], user=options.user, topics=options.topic, path=options.path, ttl=options.ttl))
     return 0
 
 
@@ -2970,6 +4276,7 @@ def _listen_command(options: Any) -> int:
 def receive_messages(url: str, deadline: float | None) -> Iterator[Message]:
     """The messages of a server until it closes. Raises ServerError; TimeoutError at the deadline (monotonic)."""
     sock, answer = _connect(url, deadline)
+    url = url.partition("?")[0]  # what follows may be a ticket
     parser = FrameParser(masked=False, max_bytes=64 * MIB)
     with sock, answer:
         while True:
@@ -3005,6 +4312,7 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
     from base64 import b64encode
     from urllib.parse import urlsplit
 
+    shown = url.partition("?")[0]  # what follows may be a ticket
     try:
         target = urlsplit(url)
         make = {"ws": http.client.HTTPConnection, "wss": http.client.HTTPSConnection}[target.scheme]
@@ -3013,26 +4321,29 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
         if not target.hostname:
             raise ValueError
     except (KeyError, ValueError, http.client.InvalidURL):
-        raise SettingError(f"{url!r} is not a WebSocket URL such as ws://127.0.0.1:8081/") from None
-    key = b64encode(os.urandom(16)).decode()
+        raise SettingError(f"{shown!r} is not a WebSocket URL such as ws://127.0.0.1:8081/") from None
+    key, ticket = b64encode(os.urandom(16)).decode(), os.environ.get("WS_TICKET", "").strip()
+    if not re.fullmatch(r"[\w.~+/=-]*", ticket, re.ASCII):
+        raise SettingError("the environment variable WS_TICKET does not hold a ticket")
     try:
         client.request("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
-                                             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key})
+                                             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key,
+                                             **({"Authorization": f"Bearer {ticket}"} if ticket else {})})
         answer = client.getresponse()
         if answer.status != 101:
             sentence = answer.read(KIB).decode("utf-8", "replace").strip()
-            raise ServerError(f"{url} answered {answer.status} {answer.reason}: {sentence}")
+            raise ServerError(f"{shown} answered {answer.status} {answer.reason}: {sentence}")
         if answer.headers["Sec-WebSocket-Accept"] != accept_key(key):
             raise http.client.BadStatusLine("the wrong Sec-WebSocket-Accept")
     except (socket.timeout, http.client.HTTPException) as error:
-        raise ServerError(f"{url} does not answer as a WebSocket server does") from error
+        raise ServerError(f"{shown} does not answer as a WebSocket server does") from error
     except (OSError, ValueError) as error:
         why = _TLS_TROUBLE.get(getattr(error, "reason", ""), "{}").format(error)
-        raise ServerError(f"cannot connect to {url}: {why}") from error
+        raise ServerError(f"cannot connect to {shown}: {why}") from error
     return client.sock, answer
 
 
-_COMMANDS = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status}
+_COMMANDS = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status, "ticket": _ticket}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,7 @@ import zlib
 from collections import deque
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -883,6 +884,11 @@ def some_name(dice: Dice) -> bytes:
     return b"x.json" if name in (b"", b".", b"..") else name
 
 
+def without_time(event: Any) -> Any:
+    """An event as it would be if its file had no mtime: names without uniqid() carry it in their ids."""
+    return event._replace(source=None, id=re.sub(r"~[0-9a-f]+(?=:|$)", "", event.id))
+
+
 class NamesTarget(Target):
     name, weight = "names", 220
 
@@ -1044,7 +1050,7 @@ class Folder:
 
     def _take(self, max_bytes: int) -> list[Any]:
         events: list[Any] = self.queue.take(max_bytes)
-        rest, last = [event._replace(source=None) for event in events], (-1 << 63, "")
+        rest, last = [without_time(event) for event in events], (-1 << 63, "")
         files = self._contents() if events else {}
         while rest:
             owners = [owner for owner, held in files.items() if held and rest[: len(held)] == held]
@@ -1062,7 +1068,8 @@ class Folder:
 
     def _events_of(self, stamp: int, name: str) -> list[Any]:
         try:
-            return list(wsqueue.parse_events(self._files[name], name[:-5], stamp / 1e6))
+            stem = quote(os.fsencode(name[:-5]), safe="")
+            return [without_time(event) for event in wsqueue.parse_events(self._files[name], stem, stamp / 1e6)]
         except wsqueue.EventError:
             return []
 
@@ -1290,6 +1297,7 @@ class Caller:
         self._judge_frames(read_frames(rest), promised)
 
     def _judge_frames(self, frames: list[Any], promised: Promise) -> None:
+        frames = [m for m in frames if not str(m[1]).startswith('{"event":"wsqueue.')]  # it asked to resume
         # A frame of a client has six bytes at least; fragments count among those that nobody has to bear.
         flood = (CLOSE, struct.pack("!H", wsqueue.POLICY_VIOLATION)) in [(op, text[:2]) for op, text in frames]
         if promised.path == "/leave" or (flood and len(self.data) > 6 * wsqueue.IDLE_FRAMES):

@@ -370,7 +370,7 @@ def test_a_page_has_one_path(path, status):
 
 def test_a_page_is_the_last_of_its_connection():
     """Who sends two requests at once gets one answer, whole, and the end."""
-    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     with serving() as server, open_socket(server.url) as sock:
         sock.sendall(request + request)
         answer = parse_answer(read_to_end(sock))
@@ -382,7 +382,7 @@ def test_a_page_is_the_last_of_its_connection():
 def test_a_request_for_a_page_may_come_in_pieces():
     """It is answered once it is whole."""
     with serving() as server, open_socket(server.url) as sock:
-        for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":
+        for byte in b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n":
             sock.sendall(bytes((byte,)))
         assert parse_answer(read_to_end(sock)).status == 200
 
@@ -423,7 +423,7 @@ def asking(server, count):
     with ExitStack() as stack:
         sockets = [stack.enter_context(open_socket(server.url)) for _ in range(count)]
         for sock in sockets:
-            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         yield sockets
 
 

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -89,7 +89,7 @@ def test_there_is_no_other_code():
     assert re.findall(r"\n\n(?: {4}|\t)[^\n]*", PROSE) == []
 
 
-@pytest.mark.parametrize("command", ["serve", "send", "listen", "status"])
+@pytest.mark.parametrize("command", ["serve", "send", "listen", "status", "ticket"])
 def test_every_command_is_described(command):
     """The table of commands has a row for each."""
     assert re.search(rf"^\| `{command}\b", PROSE, re.MULTILINE)
@@ -195,7 +195,7 @@ def reserved_port():
 
 
 @contextmanager
-def client(port, path, process=None, **tls):
+def client(port, path, process=None, **options):
     """A client of a server that is about to listen; ssl= makes it one of wss://."""
 
     def listens():
@@ -204,7 +204,7 @@ def client(port, path, process=None, **tls):
             return sock.connect_ex(("127.0.0.1", int(port))) == 0
 
     eventually(listens, 30.0, f"a server at port {port}")
-    with connect(f"{'wss' if tls else 'ws'}://127.0.0.1:{port}{path}", **tls) as connection:
+    with connect(f"{'wss' if 'ssl' in options else 'ws'}://127.0.0.1:{port}{path}", **options) as connection:
         yield connection
 
 
@@ -283,7 +283,7 @@ def producer(block, request):
             assert receive(connection)[0] == name
         wsqueue.queue_event("ws_queue", "the last one")
         assert receive(connection)[0] == "the last one"
-        eventually(lambda: os.listdir("ws_queue") == [".wsqueue.lock"], what="a directory without events")
+        eventually(lambda: sorted(os.listdir("ws_queue")) == [".wsqueue.lock", "history"], what="no events left")
 
 
 @role
@@ -300,12 +300,12 @@ def event(block, request):
 def layout(block, request):
     """A directory that is served has what it shows, once a file was broken and a producer was killed."""
     names = re.findall(r"^  (\S+)", block.code, re.MULTILINE)
-    assert names == ["NAME.json", ".NAME.json.tmp", ".wsqueue.lock", "failed/"]
+    assert names == ["NAME.json", ".NAME.json.tmp", ".wsqueue.lock", "failed/", "history/"]
     with spawn_server("--queue", "ws_queue"):
         Path("ws_queue/.a.json.tmp").write_text("{", "utf-8")
         Path("ws_queue/b.json").write_text("1", "utf-8")
         eventually(lambda: os.path.exists("ws_queue/failed/b.json.reason"), what="a reason")
-        assert sorted(os.listdir("ws_queue")) == [".a.json.tmp", ".wsqueue.lock", "failed"]
+        assert sorted(os.listdir("ws_queue")) == [".a.json.tmp", ".wsqueue.lock", "failed", "history"]
         assert sorted(os.listdir("ws_queue/failed")) == ["b.json", "b.json.reason"]
 
 
@@ -441,6 +441,52 @@ def tls(block, request):
 
 
 @role
+def stream(block, request):
+    """curl shows events as they come."""
+    with spawn_server("--queue", "ws_queue") as server, started(block, block.code.replace(PORT, str(server.port))):
+        eventually(lambda: "wsqueue.hello" in Path("out").read_text("utf-8"), what="the hello")
+        wsqueue.queue_event("ws_queue", "order_paid", {"id": 42}, to="/orders")
+        shown = re.compile(r'^id: \S+\ndata: \{"event":"order_paid","payload":\{"id":42\},', re.MULTILINE)
+        eventually(lambda: shown.search(Path("out").read_text("utf-8")), what="the event")
+
+
+@role
+def secret(block, request):
+    """The server wants tickets, and takes those that are signed with the secret that the command made."""
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        with pytest.raises(InvalidStatus, match="401"), client(port, "/", process):
+            pass
+        assert stat.S_IMODE(os.stat("secret").st_mode) == 0o600
+        with client(port, f"/?ticket={wsqueue.sign_ticket(Path('secret').read_text().strip())}") as connection:
+            wsqueue.queue_event("ws_queue", "hello")
+            assert receive(connection) == ("hello", None)
+
+
+@role
+def ticket(block, request):
+    """What it prints lets in user 42, who is also in room 5."""
+    secret = {**os.environ, "WS_SECRET": "0123456789abcdef" * 4}
+    ticket = run(block, env=secret).strip()
+    with spawn_server("--queue", "ws_queue", env=secret) as server:
+        with client(server.port, f"/?ticket={ticket}") as connection:
+            for topic in ("user:42", "room:5", "user:43", ["user:43", "/"]):
+                wsqueue.queue_event("ws_queue", str(topic), to=topic)
+            assert [receive(connection)[0] for _ in range(3)] == ["user:42", "room:5", "['user:43', '/']"]
+
+
+@role
+def authenticate(block, request):
+    """A session's cookie lets its user in, on the topics that the code says; nobody else is let in."""
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        with pytest.raises(InvalidStatus, match="401"), client(port, "/", process):
+            pass
+        with client(port, "/", additional_headers={"Cookie": "theme=dark; session=k7Qx2mZ"}) as connection:
+            for topic in ("user:43", "user:42", "staff"):
+                wsqueue.queue_event("ws_queue", topic, to=topic)
+            assert [receive(connection)[0] for _ in range(2)] == ["user:42", "staff"]
+
+
+@role
 def monitoring(block, request):
     """Both requests are answered; the fields and the totals are those that the page names."""
     with spawn_server("--queue", "ws_queue") as server:
@@ -557,17 +603,26 @@ def browser(block, request):
 
 
 @role
-def reconnect(block, request):
-    """The page shows events of a server, and of the next one at the same place; it refreshes in between."""
+def wsqueue_js(block, request):
+    """The page shows an event, and what is queued while the server is gone, and refreshes once that is not known."""
     driver = request.getfixturevalue("chromium")
-    with reserved_port() as port, page(block.code.replace(PORT, port)) as url:
-        for number in (1, 2):
+    with reserved_port() as port, page("</script>" + block.code.replace(PORT, port) + "<script>") as url:
+        for name in ("one", "two", "three"):
+            if name != "one":
+                wsqueue.queue_event("ws_queue", "order_paid", name, to="/orders")
+            if name == "three":
+                shutil.rmtree("ws_queue/history")
             with spawn_server("--queue", "ws_queue", "--port", port):
-                if number == 1:
-                    driver.get(url)
-                wait_for_shown(driver, "refresh")
-                wsqueue.queue_event("ws_queue", f"event {number}", to="/orders")
-                wait_for_shown(driver, f"event {number}")
+                if name == "one":
+                    driver.get(url.replace("127.0.0.1", "localhost"))
+                eventually(lambda: driver.title == "open", 20.0, "a connection")
+                if name == "one":
+                    wsqueue.queue_event("ws_queue", "order_paid", name, to="/orders")
+                wait_for_shown(driver, "refresh" if name == "three" else "order_paid")
+            eventually(lambda: driver.title != "open", 20.0, "a lost connection")
+        shown = driver.execute_script("return shown")
+        # Each twice, because two listeners show it.
+        assert [message.get("payload") for message in shown[:4]] == ["one", "one", "two", "two"]
         driver.get("about:blank")
 
 

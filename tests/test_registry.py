@@ -1,4 +1,4 @@
-"""Section 8, ClientRegistry: who is connected, and to which topics."""
+"""Section 8: who is connected, and to which topics; who is sent what; and what was sent last, for who comes back."""
 
 import gc
 import random
@@ -9,17 +9,20 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from wsqueue import ClientRegistry
+from wsqueue import PLAIN, ClientRegistry, Encoding, Event, History, audiences_of
 
 TOPICS = ("/", "/chat", "user:1", "user:2")
 CLIENTS = range(5)
 
 
 class Client:
-    """All that the registry needs of a client: that it is this one and no other."""
+    """All that is needed of a client: that it is this one and no other, and how it is sent its messages."""
+
+    _encoding = PLAIN
 
 
 class Interruptible(Client):
@@ -45,16 +48,19 @@ class RegistryMachine(RuleBasedStateMachine):
         self.clients = [Client() for _ in CLIENTS]
         self.topics_of = {}  # client -> its topics
         self.members = {topic: [] for topic in TOPICS}  # in the order in which they came
+        self.behind = set()
 
     def enter(self, client, topic):
         if topic not in self.topics_of[client]:
             self.topics_of[client].add(topic)
-            self.members[topic].append(client)
+            if client not in self.behind:
+                self.members[topic].append(client)
 
     def quit(self, client, topic):
         if topic in self.topics_of.get(client, ()):
             self.topics_of[client].remove(topic)
-            self.members[topic].remove(client)
+            if client not in self.behind:
+                self.members[topic].remove(client)
 
     @rule(number=st.sampled_from(CLIENTS), topics=st.lists(st.sampled_from(TOPICS), max_size=3))
     def add(self, number, topics):
@@ -66,6 +72,24 @@ class RegistryMachine(RuleBasedStateMachine):
         for topic in topics:
             self.enter(client, topic)
 
+    @rule(number=st.sampled_from(CLIENTS), topics=st.lists(st.sampled_from(TOPICS), max_size=3))
+    def add_behind(self, number, topics):
+        client = self.clients[number]
+        if client not in self.topics_of:
+            self.registry.add(client, topics, behind=True)
+            self.topics_of[client] = set(topics)
+            self.behind.add(client)
+
+    @rule(number=st.sampled_from(CLIENTS))
+    def catch_up(self, number):
+        client = self.clients[number]
+        self.registry.catch_up(client)
+        if client in self.behind:
+            self.behind.remove(client)
+            topics, self.topics_of[client] = self.registry.topics(client), set()
+            for topic in topics:
+                self.enter(client, topic)
+
     @rule(number=st.sampled_from(CLIENTS))
     def discard(self, number):
         client = self.clients[number]
@@ -73,6 +97,7 @@ class RegistryMachine(RuleBasedStateMachine):
         for topic in TOPICS:
             self.quit(client, topic)
         self.topics_of.pop(client, None)
+        self.behind.discard(client)
 
     @rule(number=st.sampled_from(CLIENTS), topic=st.sampled_from(TOPICS))
     def join(self, number, topic):
@@ -95,7 +120,9 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def everyone_is_there(self):
-        assert self.registry.audience() == list(self.topics_of)
+        assert self.registry.everyone() == list(self.topics_of)
+        assert self.registry.audience() == [client for client in self.topics_of if client not in self.behind]
+        assert {client: set(self.registry.topics(client)) for client in self.topics_of} == self.topics_of
         assert len(self.registry) == len(self.topics_of)
 
     @invariant()
@@ -184,6 +211,198 @@ def test_a_discarded_client_is_let_go():
     del client
     gc.collect()
     assert gone() is None
+
+
+# ---- Who is sent what --------------------------------------------------------------------------------------
+
+TO = st.lists(st.sampled_from(TOPICS), max_size=2, unique=True).map(tuple)
+
+
+def event(number, to=(), **more):
+    return Event(f"id-{number}", tuple(to), 0.0, b'{"event":"e"}', **more)
+
+
+@given(st.lists(TO, max_size=12), st.lists(st.tuples(TO, st.booleans(), st.booleans()), max_size=8))
+def test_each_client_is_sent_all_of_its_events_in_one_piece_and_in_order(events, clients):
+    """Whatever the mixture of topics: as if each event had been looked at for each client."""
+    registry, wanted = ClientRegistry(), {}
+    events = [event(number, to) for number, to in enumerate(events)]
+    for topics, ids, behind in clients:
+        client = Client()
+        client._encoding = Encoding(ids=ids)
+        registry.add(client, topics, behind)
+        heard = [n for n, sent in enumerate(events) if not behind and (not sent.to or set(sent.to) & set(topics))]
+        if heard:
+            wanted[client] = heard
+    found = {}
+    for encoding, numbers, members in audiences_of(events, registry):
+        for client in members:
+            assert client not in found and client._encoding == encoding
+            found[client] = list(numbers)
+    assert found == wanted
+
+
+def test_clients_that_get_the_same_share_one_piece():
+    """A burst is encoded and joined once for a thousand clients, and not for each."""
+    registry = ClientRegistry()
+    for number in range(1000):
+        registry.add(Client(), ("/", f"user:{number}"))
+    pieces = audiences_of([event(1), event(2, ["/"]), event(3, ["user:7"]), event(4)], registry)
+    assert sorted((len(members), list(numbers)) for _, numbers, members in pieces) == [
+        (1, [0, 1, 2, 3]), (999, [0, 1, 3])]
+
+
+def test_an_event_may_leave_one_client_out():
+    """"Everybody but me"."""
+    registry, me, other = ClientRegistry(), Client(), Client()
+    registry.add(me)
+    registry.add(other)
+    assert [members for _, _, members in audiences_of([event(1, exclude=weakref.ref(me))], registry)] == [[other]]
+
+
+# ---- The history -------------------------------------------------------------------------------------------
+
+
+class HistoryMachine(RuleBasedStateMachine):
+    """Clients come, go, lag and come back, while events are sent: each has every event of its topics exactly once."""
+
+    def __init__(self):
+        super().__init__()
+        self.registry, self.history = ClientRegistry(), History(8, 10_000, 60.0, clock=lambda: 0.0)
+        self.clients = [Client() for _ in CLIENTS]
+        self.sent = []  # all events
+        self.heard = {client: [] for client in self.clients}  # since it came for the first time, or was reset
+        self.start = {}  # client -> the number of events that were sent before that
+        self.last = {}  # client -> the last id that it knows
+        self.position = {}  # of those who are connected
+        self.topics = dict(zip(self.clients, [(), ("/",), ("/chat",), ("/", "user:1"), ("user:2",)]))
+
+    @rule(events=st.lists(TO, min_size=1, max_size=5))
+    def send(self, events):
+        fresh = [event(len(self.sent) + number, to) for number, to in enumerate(events)]
+        with self.history.lock:
+            self.history.add(fresh)
+            pieces = audiences_of(fresh, self.registry)
+        self.sent += fresh
+        for _, numbers, members in pieces:
+            for client in members:
+                self.hear(client, [fresh[number] for number in numbers])
+
+    def hear(self, client, events):
+        self.heard[client] += [heard.id for heard in events]
+        self.last[client] = self.heard[client][-1]
+
+    def begin(self, client):
+        """As a hello or a reset says."""
+        self.heard[client], self.start[client] = [], len(self.sent)
+        self.last[client], self.position[client] = self.history.current, self.history.end
+
+    @rule(client=st.sampled_from(CLIENTS))
+    def come(self, client):
+        client = self.clients[client]
+        if client in self.position:
+            return
+        self.position[client] = self.history.position(self.last[client]) if client in self.last else None
+        if self.position[client] is None:
+            self.begin(client)
+        self.registry.add(client, self.topics[client], behind=True)
+
+    @rule(client=st.sampled_from(CLIENTS))
+    def go(self, client):
+        client = self.clients[client]
+        if self.position.pop(client, None) is not None:
+            self.registry.discard(client)
+
+    @rule(client=st.sampled_from(CLIENTS), most=st.sampled_from((1, 30, 1000)))
+    def read(self, client, most):
+        client = self.clients[client]
+        if client not in self.position or client in self.registry.audience():
+            return
+        with self.history.lock:
+            found = self.history.after(self.position[client], client, self.registry.topics(client), most)
+            if found is None:
+                self.begin(client)
+            elif not found[0]:
+                self.registry.catch_up(client)
+            else:
+                self.position[client] = found[1]
+                self.hear(client, found[0])
+
+    @invariant()
+    def nobody_has_a_gap_or_a_repeat(self):
+        live = set(self.registry.audience())
+        for client, start in self.start.items():
+            wanted = [sent.id for sent in self.sent[start:] if not sent.to or set(sent.to) & set(self.topics[client])]
+            heard = self.heard[client]
+            assert heard == wanted if client in live else heard == wanted[:len(heard)]
+
+    @invariant()
+    def it_is_bounded(self):
+        assert len(self.history.kept()[3]) <= 8 and len(self.history._numbers) <= 8
+
+
+TestHistory = HistoryMachine.TestCase
+
+
+@pytest.mark.parametrize("bounds", [(3, 10_000, 60.0), (1000, 3 * len(event(0).text), 60.0), (1000, 10_000, 2.5)],
+                         ids=["events", "bytes", "seconds"])
+def test_the_history_is_bounded(bounds):
+    """By count, size and age; the id just before what is kept has missed nothing of it, and the one before that has."""
+    clock = iter(range(1000))
+    history = History(*bounds, clock=lambda: next(clock) / 2)  # it looks twice for each event
+    for number in range(10):
+        history.add([event(number)])
+    _, first, base, kept = history.kept()
+    numbers = [int(entry.id[3:]) for _, entry in kept]
+    assert 2 <= len(kept) <= 3 and numbers[-1] == 9
+    assert base == f"id-{numbers[0] - 1}" and first == numbers[0]
+    history._clock = lambda: kept[-1][0]
+    assert history.position(base) is not None and history.position(f"id-{numbers[0] - 2}") is None
+
+
+def test_a_history_of_nothing_knows_the_latest_id():
+    """Who has seen the latest event has missed nothing, whatever is kept."""
+    history = History(0, 0, 0.0)
+    history.add([event(1), event(2)])
+    assert history.position("id-2") == history.end and history.position("id-1") is None
+    assert history.kept()[2:] == ("id-2", [])
+
+
+def test_a_place_in_the_history_is_known_as_long_as_nothing_behind_it_is_gone():
+    """What a hello names is where the history ended, whatever came before and after; and it tells no file's name."""
+    history = History(2, 10_000, 60.0)
+    history.add([event(1), event(2)])
+    here = history.current
+    assert "id-2" not in here and history.position(here) == history.end
+    history.add([event(3), event(4)])
+    assert history.position(here) == history.end - 2
+    history.add([event(5)])
+    for unknown in (here, f"{here}0", here.replace("-", "-0x"), here.rpartition("-")[0], "-", "x-1", f"{here}-"):
+        assert history.position(unknown) is None
+
+
+def test_what_may_still_be_in_its_queue_is_kept_and_known():
+    """After a kill the next server finds it there again: it must not be sent twice to who can tell."""
+    history, sent = History(2, 10_000, 60.0), [event(number, source=("a", number)) for number in range(5)]
+    entered, repeats = history.enter(sent)
+    assert entered == sent and not repeats
+    history.add(entered)
+    assert len(history.kept()[3]) == 5 and history.enter(sent[1:3])[1] == {0, 1}
+    history.settle(sent[:4])
+    assert len(history.kept()[3]) == 2
+    history.settle()
+    assert history.enter(sent)[1] == set()
+
+
+def test_a_name_that_is_used_again_makes_another_event():
+    """A cron job may write status.json each minute: an id is of one event, as long as the history knows it."""
+    history = History(10, 10_000, 60.0)
+    for _ in range(3):
+        entered, repeats = history.enter([event(1, source=("status", 1)), event(1, source=("status", 2))])
+        assert not repeats
+        history.add(entered)
+        history.settle(entered)
+    assert len({kept.id for _, kept in history.kept()[3]}) == 6
 
 
 # ---- Threads -----------------------------------------------------------------------------------------------

@@ -863,8 +863,8 @@ def test_an_event_that_meets_a_handshake_comes_behind_the_101(monkeypatch):
     with serving() as server:
         add = server.registry.add
 
-        def add_and_broadcast(conn, topics):
-            add(conn, topics)
+        def add_and_broadcast(conn, topics, **how):
+            add(conn, topics, **how)
             server.broadcast("at once", 1)
 
         monkeypatch.setattr(server.registry, "add", add_and_broadcast)
