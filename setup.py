@@ -42,6 +42,8 @@ setup(
             "gunicorn",  # a preforking server, whose workers each start ours
             "prometheus-client",  # parses what /metrics says
             "trustme",  # certificates for an hour
+            "pyjwt",  # makes and reads tickets, and knows nothing of us
+            "flask",  # the application of examples/flask_session_and_tickets.py
             "ruff",
             "mypy",
             "setuptools>=70.1",  # tests/test_packaging.py builds with it; 70.1 makes wheels by itself
