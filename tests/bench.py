@@ -3,6 +3,7 @@
 
     python tests/bench.py latency     from queue_event, `mv` and PHP to one idle client
     python tests/bench.py fanout      one event to 1,000 clients
+    python tests/bench.py target      one event to one user among 10,000 idle clients
     python tests/bench.py burst       10,000 events through the directory to 500 clients
     python tests/bench.py memory      resident memory per idle client, 5,000 clients
     python tests/bench.py connect     opening 5,000 connections
@@ -12,6 +13,7 @@
     python tests/bench.py threshold   from what size on an event is worth compressing
     python tests/bench.py stall       what 20 clients that stop reading do to the 480 others
     python tests/bench.py flood       what one hostile client does to 100 others
+    python tests/bench.py resume      1,000 clients that come back at once, each for 1,000 events that it missed
     python tests/bench.py all         every one of them
 
 `--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
@@ -49,6 +51,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -57,6 +60,7 @@ sys.path.insert(0, str(ROOT))
 SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
     "latency": {"events": (100, 4), "rounds": (6, 1)},
     "fanout": {"clients": (1_000, 20), "rounds": (100, 4)},
+    "target": {"clients": (10_000, 50), "events": (100, 4), "rounds": (6, 1)},
     "burst": {"clients": (500, 10), "events": (10_000, 200), "rounds": (3, 1)},
     "memory": {"clients": (5_000, 50), "seconds": (3, 0)},
     "connect": {"clients": (5_000, 50), "rounds": (5, 1)},
@@ -66,6 +70,7 @@ SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
     "threshold": {"events": (20, 4), "rounds": (100, 3)},
     "stall": {"clients": (500, 10), "stalled": (20, 2), "seconds": (10, 2), "rounds": (5, 1)},
     "flood": {"clients": (100, 10), "silent": (2_000, 50), "seconds": (5, 1), "rounds": (5, 1)},
+    "resume": {"clients": (1_000, 20), "events": (1_000, 50), "rounds": (5, 1)},
 }
 Events = List[Tuple[str, Dict[str, Any]]]
 Span = Tuple[int, int]  # start and end, nanoseconds
@@ -388,15 +393,19 @@ class Load(Child):
         self.result_file = result_file
         self.clients = self.messages = self.delivered = self.bytes = 0
 
-    def connect(self, server: Server, clients: int, agreed: Optional[int] = None) -> float:
+    def connect(self, server: Server, clients: int, agreed: Optional[int] = None, paths: Sequence[str] = "/") -> float:
         """Open so many connections; return the seconds it took.
 
-        agreed: offer permessage-deflate, which so many must be granted.
+        agreed: offer permessage-deflate, which so many must be granted. paths: one for each client, or "/" for all.
+        After expect(), these clients are expected to get the messages, too.
         """
+        if paths != "/":
+            Path(f"{self.result_file}.paths").write_text("\n".join(paths))
+            paths = f"@{self.result_file}.paths"
         # The stock server's backlog is 5: more at once would wait for lost SYNs to be sent again.
         at_once = 4 if server.label == Stock.label else 64
         offer = int(agreed is not None)
-        answer = self.ask("connect", server.port, clients, at_once, offer, "/", timeout=300)
+        answer = self.ask("connect", server.port, clients, at_once, offer, paths, timeout=300)
         opened, failed, start, end, deflating = map(int, answer)
         if opened != clients:
             raise Wrong(f"{server.label}: {failed} of {clients} clients could not connect")
@@ -472,9 +481,9 @@ class Run:
             subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
         return self.keep(Load(program, self.directory / f"times{next(self.numbers)}"))
 
-    def audience(self, server: Server, clients: int, agreed: Optional[int] = None) -> Load:
+    def audience(self, server: Server, clients: int, agreed: Optional[int] = None, paths: Sequence[str] = "/") -> Load:
         load = self.load()
-        load.connect(server, clients, agreed)
+        load.connect(server, clients, agreed, paths)
         time.sleep(0.3)  # the server's side of the last handshake
         return load
 
@@ -567,6 +576,48 @@ def latency(run: Run) -> None:
     print_table("from | server | median | p99 | most", rows)
 
 
+# ---- target ----------------------------------------------------------------------------------------------
+
+
+def paths_of(secret: str, users: Sequence[str]) -> List[str]:
+    """Where each user connects, with a ticket that says who it is."""
+    from wsqueue import sign_ticket
+    return [f"/?ticket={sign_ticket(secret, user=user, ttl=3600)}" for user in users]
+
+
+def queue_to(queue: Path, topic: str, events: Events) -> Iterator[int]:
+    """Queue events for a topic; yield the time just before each."""
+    from wsqueue import queue_event
+    for event, payload in events:
+        pause()
+        yield now()
+        queue_event(str(queue), event, payload, to=topic)
+
+
+def target(run: Run) -> None:
+    secret, file = os.urandom(32).hex(), run.new_directory() / "secret"
+    file.write_text(secret)
+    alone, among = "nobody else", f"{run.clients} other users"
+    servers = {case: run.serve("--secret-file", file) for case in (alone, among)}
+    others = run.audience(servers[among], run.clients, paths=paths_of(secret, [f"idle{n}" for n in range(run.clients)]))
+    loads = {case: run.audience(server, 1, paths=paths_of(secret, ["one"])) for case, server in servers.items()}
+    taken: Dict[str, List[int]] = {case: [] for case in servers}
+    for _, case in itertools.product(range(run.rounds), servers):
+        loads[case].expect(run.events, every=True)
+        stamps = list(queue_to(servers[case].queue, "user:one", make_events(run.events, 200)))
+        taken[case] += [came - stamp for stamp, came in zip(stamps, loads[case].finish())]
+    deliver_one(servers[among], others)  # an error if they have got anything before
+    rows = []
+    for case, values in taken.items():
+        ratio = statistics.median(values) / statistics.median(taken[alone])
+        rows.append([case, *figures(values, 1e6), f"{ratio:.2f}"])
+        if case == among:
+            rows[-1] += verdict("≤ 1.2", ratio <= 1.2)
+    print(f"From `queue_event(..., to=\"user:one\")` until that client has it, {run.rounds * run.events} events,\n"
+          "2 to 12 ms apart. Milliseconds.")
+    print_table("beside it are connected | median | p99 | ÷ nobody", rows)
+
+
 # ---- fanout and burst --------------------------------------------------------------------------------------
 
 
@@ -626,6 +677,75 @@ def burst(run: Run) -> None:
     print(f"{run.events} events of 200 bytes to {run.clients} clients, {run.rounds} rounds. Seconds until\n"
           "the last client has the last byte; million deliveries a second; websockets ÷ side.")
     print_table("side | median, s | p99, s | million/s | ÷ side", rows)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------
+
+
+def position(server: Server) -> str:
+    """The id with which a client that leaves now may come back."""
+    from websockets.sync.client import connect
+    with connect(f"ws://127.0.0.1:{server.port}/?last_event_id=") as client:
+        return str(json.loads(client.recv(10))["id"])
+
+
+def path_after(place: str) -> str:
+    return f"/?last_event_id={quote(place, safe='')}"
+
+
+def check_resumed(run: Run, server: Server, place: str) -> None:
+    """Prove that who comes back gets what it missed, in order. It is not timed."""
+    load = run.load()
+    load.expect(1 + run.events, check=True)
+    load.connect(server, 1, paths=[path_after(place)])
+    load.finish()
+    due = [payload for _, payload in make_events(run.events, 200)]
+    if [json.loads(text)["payload"] for text in load.texts()] != [None, *due]:
+        raise Wrong("who comes back does not get what it has missed, in its order")
+    load.end()
+
+
+def time_return(run: Run, server: Server, place: str, messages: int, deflate: bool) -> Tuple[float, float]:
+    """From the first connection until the last client has the last event; and the server's processor time."""
+    load, before = run.load(), server.cpu_seconds()
+    load.expect(messages)
+    start = now()
+    load.connect(server, run.clients, run.clients if deflate else None, [path_after(place)] * run.clients)
+    last = max(load.finish())
+    cpu = server.cpu_seconds() - before
+    load.end()
+    return last - start, 1e9 * cpu
+
+
+def time_live(run: Run, server: Server, load: Load) -> Tuple[float, float]:
+    before = server.cpu_seconds()
+    load.expect(run.events)
+    start, _ = server.broadcast(run.events)
+    last = max(load.finish())
+    return last - start, 1e9 * (server.cpu_seconds() - before)
+
+
+def resume(run: Run) -> None:
+    live, missed, nothing = "connected all the while", "come back, all missed", "come back, nothing missed"
+    browsers = "come back, all missed, deflate"
+    server = run.serve("--history-events", 10 * run.events, backlog=True)
+    load = run.audience(server, run.clients)
+    taken: Dict[str, List[Tuple[float, float]]] = {live: [], missed: [], browsers: [], nothing: []}
+    for number in range(run.rounds):
+        place = position(server)
+        taken[live].append(time_live(run, server, load))
+        if number == 0:
+            check_resumed(run, server, place)
+        taken[missed].append(time_return(run, server, place, 1 + run.events, False))
+        taken[browsers].append(time_return(run, server, place, 1 + run.events, True))
+        taken[nothing].append(time_return(run, server, position(server), 1, False))
+    rows = []
+    for case, rounds in taken.items():
+        last, cpu = zip(*rounds)
+        rows.append([case, *figures(last, 1e9, 3), *figures(cpu, 1e9, 3)])
+    print(f"{run.events} events of 200 bytes, {run.clients} clients, {run.rounds} rounds. Seconds from the first\n"
+          "event or connection until the last client has everything; and the server's processor time.")
+    print_table("clients | median | p99 | CPU | p99", rows)
 
 
 # ---- memory, connect and idle ----------------------------------------------------------------------------
@@ -1068,10 +1188,12 @@ def flood(run: Run) -> None:
           f"rounds, while one client sends this, or opens {run.silent} connections. Milliseconds. Of the last round:\n"
           "frames a second, and the close codes or HTTP statuses that it got, with how often.")
     print_table("it sends | p50 | p99 | worst p99 | ÷ nothing | frames/s | closed", rows)
+
+
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
-    latency, fanout, burst, memory, connect, publish, idle, deflate, threshold, stall, flood)}
+    latency, fanout, target, burst, memory, connect, publish, idle, deflate, threshold, stall, flood, resume)}
 
 
 def print_machine() -> None:

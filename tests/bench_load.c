@@ -4,11 +4,13 @@
    Commands come on stdin, one a line; times are nanoseconds of CLOCK_MONOTONIC.
 
      connect PORT CLIENTS INFLIGHT OFFER PATH -> OPENED FAILED START END AGREED
+                                                               PATH @FILE: each client takes the next line's
      expect MESSAGES EVERY CHECK SPIN FILE    -> STRAY         messages since the last result
                                  and later    -> COMPLETE OPEN ALIKE BYTES
                                                                every client has its messages or is gone
      stop                                     ends an "expect" that waits in vain
 
+   Who connects after "expect" is expected to get as much as the others; the result then follows that of "connect".
    With OFFER=1 clients offer permessage-deflate (RFC 7692) in the words of a browser; AGREED counts those whom
    the server let have it. BYTES are what all clients got since "expect": data frames with their headers.
    FILE then holds one int64 per client, the time of its last message; with EVERY=1 one per client and message
@@ -45,8 +47,9 @@ struct client {
 static struct client *clients;
 static int client_count, to_open, in_flight, in_flight_limit, opened, failed, offer, agreed, port, epoll_fd;
 static int64_t connect_start;
-static char path[256], result_file[512];
-static int expecting, every, check, spin, incomplete;
+static char path[512], result_file[512];
+static FILE *paths;
+static int expecting, every, check, spin, incomplete, due; /* due: the result, once all are connected */
 static uint64_t expected, stray, bytes;
 static int64_t *times;
 static FILE *stream;
@@ -66,6 +69,8 @@ static void die(const char *what) {
 /* ---- results ---- */
 
 static void report(void) {
+    due = connect_start != 0;
+    if (due) return;
     int complete = 0, open = 0, alike = 1;
     for (int i = 0; i < client_count; i++) {
         complete += clients[i].messages >= expected;
@@ -103,7 +108,7 @@ static void gone(struct client *c) {
     close(c->fd);
     c->state = GONE;
     if (before < OPEN) failed++, in_flight--;
-    if (before == OPEN && expecting && c->messages < expected && --incomplete == 0) report();
+    if (expecting && before != GONE && c->messages < expected && --incomplete == 0) report();
 }
 
 static void answer_ping(struct client *c) {
@@ -189,7 +194,9 @@ static void shake_hands(struct client *c) {
 }
 
 static void ask(struct client *c) {
-    char request[512];
+    char request[1024];
+    if (paths && !fgets(path, sizeof path, paths)) die("too few paths");
+    path[strcspn(path, "\n")] = 0;
     int size = snprintf(request, sizeof request,
                         "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
                         "Upgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -230,13 +237,24 @@ static void open_more(void) {
 
 /* ---- commands ---- */
 
+static void make_room(int more) {
+    size_t each = every ? expected : 1;
+    times = realloc(times, ((client_count + more) * each + 1) * sizeof *times);
+    memset(times + client_count * each, 0, more * each * sizeof *times);
+    incomplete += more;
+}
+
 static void command(void) {
     char line[1024];
     int more = 0;
     if (!fgets(line, sizeof line, stdin)) exit(0);
-    if (sscanf(line, "connect %d %d %d %d %255s", &port, &more, &in_flight_limit, &offer, path) == 5) {
+    if (sscanf(line, "connect %d %d %d %d %511s", &port, &more, &in_flight_limit, &offer, path) == 5) {
         clients = realloc(clients, (client_count + more) * sizeof *clients);
         to_open = more, opened = failed = agreed = 0, connect_start = now_ns();
+        if (paths) fclose(paths);
+        paths = path[0] == '@' ? fopen(path + 1, "r") : NULL;
+        if (path[0] == '@' && !paths) die(path + 1);
+        if (expecting) make_room(more);
     } else if (sscanf(line, "expect %lu %d %d %d %511[^\n]", &expected, &every, &check, &spin,
                       result_file) == 5) {
         expect();
@@ -262,5 +280,6 @@ int main(void) {
         if (to_open || in_flight) continue;
         printf("%d %d %lld %lld %d\n", opened, failed, (long long)connect_start, (long long)now_ns(), agreed);
         connect_start = 0;
+        if (due) report();
     }
 }

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import websocket
 from websockets.sync.client import connect as websockets_connect
@@ -285,6 +285,122 @@ def in_threads(action, *args):
             over.set()
         for call in calls:
             call.result(PATIENCE)
+
+
+# ---- Clients that come back --------------------------------------------------------------------------------
+
+
+class EventStream:
+    """A client of server-sent events that does nothing by itself."""
+
+    def __init__(self, url, target="/", *, receive_buffer=None, **headers):
+        """Some_Name="value" sets a header."""
+        self.socket = open_socket(url, receive_buffer)
+        self._data = bytearray()
+        fields = {"Host": "127.0.0.1", "Accept": "text/event-stream", **headers}
+        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+        try:
+            self.socket.sendall(f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode())
+            self.head = self._take_until(b"\r\n\r\n").decode("latin-1")
+            assert self.head.startswith("HTTP/1.1 200 "), self.head
+            assert "transfer-encoding" not in self.head.lower(), self.head
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def read_more(self):
+        """Receive once, whatever there is, and return it; recv() will find it."""
+        data = self.socket.recv(65536)
+        if not data:
+            raise EOFError(f"the stream ended with {bytes(self._data[-80:])!r} unread")
+        self._data += data
+        return data
+
+    def _take_until(self, end):
+        while end not in self._data:
+            self.read_more()
+        taken, _, self._data = self._data.partition(end)
+        return bytes(taken)
+
+    def recv(self):
+        """The id (None: it has none) and the data of the next message; comments and the time to retry are skipped."""
+        found = {}
+        while True:
+            line = self._take_until(b"\n").decode()
+            name, _, value = line.partition(":")
+            if not line and "data" in found:
+                return found.get("id"), found["data"]
+            if name in ("id", "data"):
+                assert name not in found, f"{name} comes twice: {found}, {line!r}"
+                found[name] = value[1:] if value.startswith(" ") else value
+            else:
+                assert name in ("", "retry"), f"{line!r} in an event stream"
+
+
+class Received(NamedTuple):
+    """An event as a client gets it that may come back."""
+
+    id: object  # None: it has none
+    event: str
+    payload: object
+
+
+def with_last_id(target, last):
+    """The target of a WebSocket client that may come back, or does."""
+    return f"{target}{'&' if '?' in target else '?'}last_event_id={quote(last, safe='')}"
+
+
+class Follower:
+    """A client that can be followed by another one where it broke off, by the id of the last thing it received."""
+
+    def __init__(self, url, target="/", last="", *, stream=False, **options):
+        """stream: it reads server-sent events. options: those of RawClient, or of EventStream."""
+        self.last, self._stream = last, stream
+        if stream:
+            came_with = {"Last_Event_ID": last} if last else {}
+            self.client = EventStream(url, target, **came_with, **options)
+        else:
+            self.client = RawClient(url, with_last_id(target, last), **options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.client.socket.close()
+
+    def recv(self):
+        received = self._receive()
+        if received.id is not None:
+            self.last = received.id
+        return received
+
+    def _receive(self):
+        if self._stream:
+            number, data = self.client.recv()
+            message = json.loads(data)
+            assert list(message) == ["event", "payload", "timestamp"], message
+        else:
+            message = json.loads(self.client.recv())
+            assert list(message)[:3] == ["event", "payload", "timestamp"], message
+            number = message.get("id")
+            assert len(message) == (3 if number is None else 4), message
+        return Received(number, message["event"], message["payload"])
+
+    def hello(self):
+        """What comes first; returns its id."""
+        first = self.recv()
+        assert (first.event, first.payload) == ("wsqueue.hello", None), first
+        return first.id
+
+    def payloads(self, count):
+        """Of the next events."""
+        return [self.recv().payload for _ in range(count)]
 
 
 # ---- Clients that others wrote -----------------------------------------------------------------------------

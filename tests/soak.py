@@ -5,6 +5,7 @@
     python tests/soak.py kill-server   [--times 50]       kill -9 of the server in the middle of a burst
     python tests/soak.py kill-producer [--times 1000]     kill -9 of a producer in the middle of a write
     python tests/soak.py churn         [--seconds 600] [--rate 100]   clients that come and vanish; memory
+    python tests/soak.py resume        [--times 20] [--clients 100]   kill -9 of the server; clients that come back
 
 `--seed` makes the same choices again (not the same interleaving: processes and the kernel have their own mind).
 Exit status 1, with the evidence and the servers' logs kept, if anything that is promised did not hold.
@@ -15,6 +16,9 @@ and the real one is put in its place, at once and with all that waits in it, whe
 witness must receive every number of every producer, in order. Only a kill of the server excuses a repeat, which
 starts at an earlier number and goes on from there without a gap.
 
+Clients that come back with the id of their last event (resume) need no such care: they come and go as they like, and
+each must in the end have exactly the events of its topics, in order, none of them twice.
+
 Needs Linux, and the packages that the tests need. Root can mount a small disk and fill it; others get a limit on
 the size of the producers' files, which fails in the same way.
 """
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -40,18 +45,20 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as websockets_connect
 
-from clients import CLOSE, PING, TEXT, RawClient, client_frame, close_payload, handshake, open_socket
+from clients import CLOSE, PING, TEXT, Follower, RawClient, client_frame, close_payload, handshake, open_socket
 from helpers import ROOT, TIME_UNIT, WSQUEUE, Server
-from wsqueue import queue_event, queue_events
+from wsqueue import queue_event, queue_events, sign_ticket
 
 KIB, MIB = 1024, 1024 * 1024
 RECEIVE_BUFFER = 4 * MIB  # a witness that is not scheduled for a moment must not look like a slow client
@@ -413,7 +420,41 @@ class Pieces(Plain):
         return 1
 
 
-STYLES = {style.__name__: style for style in (Plain, Batches, Pieces)}
+GROUPS, PATHS, USERS = 6, 4, 10  # topics of three kinds; a follower is on one path, is one user, and is in some groups
+
+
+@functools.lru_cache(maxsize=None)
+def topics_of(producer: str, number: int) -> str | list[str] | None:
+    """To whom an event of an aiming producer goes; everybody works it out alike."""
+    dice = zlib.crc32(f"{producer}/{number}".encode())
+    group, path, user = f"group {dice % GROUPS}", f"/path{dice % PATHS}", f"user:{dice % USERS}"
+    return (None, group, path, user, [path, group, user])[dice // 1000 % 5]  # whom a list names twice gets it once
+
+
+class Aimed(Plain):
+    """queue_event, to those on some topics."""
+
+    def put(self, directory: str, producer: str, number: int) -> int:
+        event, payload = numbered(producer, number, number * 37 % 300)
+        return int(queue_event(directory, event, payload, to=topics_of(producer, number)))
+
+
+class AimedBatches(Plain):
+    """One to five events in a file, each to others."""
+
+    def put(self, directory: str, producer: str, number: int) -> int:
+        numbers = range(number, number + number % 5 + 1)
+        records = [dict(zip(("event", "payload"), numbered(producer, n, n * 37 % 300)), to=topics_of(producer, n))
+                   for n in numbers]
+        data = json.dumps([{key: value for key, value in record.items() if value is not None} for record in records])
+        temporary = f"{directory}/.{producer}.json.tmp"
+        Path(temporary).write_text(data)
+        micros = time.time_ns() // 1000  # writing the next one takes longer than that
+        os.rename(temporary, f"{directory}/{micros / 1e6:.4f}_{micros // 10**6:08x}{micros % 10**6:05x}.json")
+        return len(numbers)
+
+
+STYLES = {style.__name__: style for style in (Plain, Batches, Pieces, Aimed, AimedBatches)}
 
 
 def produce(directory: str, producer: str, rate: str, style: str) -> None:
@@ -498,8 +539,8 @@ def until(condition: Callable[[], Any], seconds: float) -> bool:
 class Field:
     """A directory, the server that is killed and started on it, its producers and its witnesses."""
 
-    def __init__(self, base: Path, disk: Path, *witnesses: Witness) -> None:
-        """base: where the servers' logs go. disk: what holds the queue directory."""
+    def __init__(self, base: Path, disk: Path, *witnesses: Any, flags: Sequence[str] = ()) -> None:
+        """base: where the servers' logs go. disk: what holds the queue directory. flags: of the server."""
         self.queue = disk / "queue"
         self.witnesses = witnesses
         self.producers: list[Producer] = []
@@ -507,7 +548,7 @@ class Field:
         self.totals: dict[str, int] = {}  # queued by each producer
         self.refused = 0
         self.broken: list[str] = []  # files that a producer could not write to their end
-        self._base = base
+        self._base, self._flags = base, flags
         self._port = free_port()
 
     @property
@@ -518,7 +559,8 @@ class Field:
         """Start a server, and connect the witnesses; options: how they connect."""
         output = self._base / f"server-{len(self.servers)}"
         output.mkdir()
-        command = [sys.executable, WSQUEUE, "serve", "--port", str(self._port), "--queue", str(self.queue)]
+        command = [sys.executable, WSQUEUE, "serve", "--port", str(self._port), "--queue", str(self.queue),
+                   *self._flags]
         with open(output / "stdout", "wb") as out, open(output / "stderr", "wb") as err:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         self.servers.append(Server(process, output))
@@ -633,10 +675,10 @@ class Field:
 
 
 @contextlib.contextmanager
-def field_of(base: Path, disk: Path, *witnesses: Witness) -> Iterator[Field]:
+def field_of(base: Path, disk: Path, *witnesses: Any, kind: type[Field] = Field, **options: Any) -> Iterator[Field]:
     """A field with a started server."""
     disk.mkdir(exist_ok=True)
-    field = Field(base, disk, *witnesses)
+    field = kind(base, disk, *witnesses, **options)
     try:
         field.start()
         yield field
@@ -845,6 +887,247 @@ def kill_server(options: argparse.Namespace, base: Path) -> list[str]:
     return found
 
 
+# ---- resume ------------------------------------------------------------------------------------------------
+
+
+class Diary:
+    """What a follower received, whatever the connection: it must be what was sent to its topics, and nothing else."""
+
+    def __init__(self, name: str, topics: Sequence[str]) -> None:
+        self.violations: list[str] = []
+        self.received = self.repeated = self.misplaced = self.lost = self.strange = self.resets = 0
+        self.dropped = 0  # repeats that a client would not show, because they carry an id that it has seen
+        self.name, self._topics = name, {*topics}
+        self._seen: dict[str, None] = {}  # ids, the oldest first
+        self._numbers: dict[str, list[int]] = {}  # by producer
+        self._due: dict[tuple[str, int], list[int]] = {}
+
+    def take(self, number: str | None, event: str, payload: Any) -> None:
+        """Everything that comes behind the hello."""
+        if event == "wsqueue.reset":
+            self.resets += 1
+            self._violation(f"it is told that events are gone, after {self._tail()}")
+        elif number is None:
+            self._violation(f"an event without an id: {event} {payload!r:.200}")
+        elif payload["pad"] != "x" * payload["size"]:
+            self._violation(f"a damaged event: {payload!r:.200}")
+        elif number in self._seen:
+            self.dropped += 1
+            self._violation(f"{number} came twice, after {self._tail()}")
+        else:
+            self._see(number, payload["producer"], payload["number"])
+
+    def _see(self, number: str, producer: str, index: int) -> None:
+        self._seen[number] = None
+        if len(self._seen) > 10_000:
+            del self._seen[next(iter(self._seen))]
+        self.received += 1
+        self._numbers.setdefault(producer, []).append(index)
+
+    def _tail(self) -> str:
+        return " ".join(list(self._seen)[-3:])
+
+    def _violation(self, text: str) -> None:
+        if len(self.violations) < 5:  # the first ones tell what happened
+            self.violations.append(f"{self.name}: {text}")
+
+    def due(self, producer: str, total: int) -> list[int]:
+        """What of a producer's events is for this client."""
+        key = producer, total
+        if key not in self._due:
+            self._due[key] = [number for number in range(total) if self._is_for_me(producer, number)]
+        return self._due[key]
+
+    def _is_for_me(self, producer: str, number: int) -> bool:
+        to = topics_of(producer, number) if producer.startswith("Aimed") else None
+        return to is None or not self._topics.isdisjoint([to] if isinstance(to, str) else to)
+
+    def has_all(self, totals: Mapping[str, int]) -> bool:
+        return all(len(self._numbers.get(producer, ())) >= len(self.due(producer, total))
+                   for producer, total in totals.items())
+
+    def end(self, totals: Mapping[str, int], spare: int = 0) -> list[str]:
+        for producer in {*totals, *self._numbers}:
+            self._judge(producer, self.due(producer, totals.get(producer, 0)), self._numbers.get(producer, []))
+        return self.violations
+
+    def _judge(self, producer: str, due: list[int], came: list[int]) -> None:
+        """The four are counted apart, so that one lost event does not make all others misplaced."""
+        count, wanted = Counter(came), {*due}
+        found = {"lost": [number for number in due if not count[number]],
+                 "repeated": [number for number, times in count.items() if times > 1],
+                 "strange": [number for number in count if number not in wanted],
+                 "misplaced": [later for earlier, later in zip(came, came[1:]) if later < earlier]}
+        for what, numbers in found.items():
+            setattr(self, what, getattr(self, what) + len(numbers))
+            if numbers:
+                self._violation(f"{producer}: {len(numbers)} {what}, such as {numbers[:3]}, of {len(due)}")
+
+
+class Wanderer:
+    """A follower that comes and goes as it likes, and goes on where it was: each time with the id that it had last."""
+
+    def __init__(self, index: int, seed: int, secret: str) -> None:
+        self.stream, self.slow = index % 4 == 3, index % 20 in (5, 11)
+        self._rng, self._secret = random.Random(f"{seed}/wanderer {index}"), secret
+        self._user, self._path = f"{index % USERS}", f"/path{index % PATHS}"
+        self._groups = [f"group {number}" for number in range(GROUPS) if self._rng.random() < 0.4]
+        kind = "event stream" if self.stream else "WebSocket"
+        self.ledger = Diary(f"{kind} {index}", [self._path, f"user:{self._user}", *self._groups])
+        self.counts: Counter[str] = Counter()
+        self.settled = threading.Event()  # it has come again, and stays
+        self._tired = threading.Event()
+        self._last, self._url = "", ""
+        self._follower: Follower | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+
+    # What a field asks of a witness.
+
+    def connect(self, url: str) -> None:
+        """Once; from then on it comes back by itself."""
+        if not self._url:
+            self._url = url
+            self._last = self._visit(lambda follower: None)  # before anything is queued: nothing is before it
+            self._thread.start()
+
+    def is_connected(self) -> bool:
+        return self._thread.is_alive()
+
+    def read_to_the_end(self) -> None:
+        """Its end is not that of a server."""
+
+    def why(self) -> str:
+        return " ".join(self.ledger.violations)
+
+    # Its life.
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._wake()
+        if self._thread.ident:
+            self._thread.join(60 * TIME_UNIT)
+
+    def settle(self) -> None:
+        """Leave, come again, and stay."""
+        self._tired.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let it find the end of its stream; a timeout might tear a message."""
+        if self._follower:
+            with contextlib.suppress(OSError):
+                self._follower.client.socket.shutdown(socket.SHUT_RDWR)
+
+    def _live(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._visit(self._stay)
+            except (OSError, EOFError):
+                self.counts["broken connections"] += 1
+            except AssertionError as error:
+                self._judge_end(error)
+            self._stopped.wait(self._rng.choice((0.0, 0.01, 0.1, 0.5)) * self._rng.random())
+
+    def _judge_end(self, error: AssertionError) -> None:
+        """A server that stops says goodbye, and so does one for which a client is too slow: it comes back."""
+        too_slow = repr(close_payload(1013))[2:-1] in str(error)
+        if too_slow:
+            self.counts["closed for being slow"] += 1
+        elif not is_goodbye(error):
+            self.ledger.violations.append(f"{self.ledger.name}: {error}")
+
+    def _visit(self, stay: Callable[[Follower], None]) -> str:
+        """One connection; returns the id of its hello."""
+        with Follower(self._url, self._target(), self._last, stream=self.stream,
+                      receive_buffer=8 * KIB if self.slow else RECEIVE_BUFFER) as follower:
+            position: str = follower.hello()
+            if not position or (self._last and position != self._last):
+                self.ledger.violations.append(f"{self.ledger.name}: came with {self._last}, greeted with {position}")
+            self._follower = follower
+            stay(follower)
+        return position
+
+    def _target(self) -> str:
+        ticket = sign_ticket(self._secret, user=self._user, topics=self._groups)
+        return f"{self._path}?ticket={quote(ticket)}"
+
+    def _stay(self, follower: Follower) -> None:
+        """For some events, or none; or for as long as there are any."""
+        self.counts["connections that went on"] += 1
+        if self._tired.is_set():
+            self.settled.set()
+            most = 10**9
+        else:
+            most = int(10 ** self._rng.uniform(0.0, 4.0)) - 1
+        for _ in range(most):
+            if self._stopped.is_set():
+                return
+            self._receive(follower)
+        if not self.stream:
+            self._rng.choice(WAYS)(follower.client)
+        self.counts["left in the middle"] += 1
+
+    def _receive(self, follower: Follower) -> None:
+        self.ledger.take(*follower.recv())
+        self._last = follower.last
+        if self.slow:
+            time.sleep(0.001)
+
+
+class OpenField(Field):
+    """Nobody is waited for: whoever comes back later gets what was sent meanwhile."""
+
+    def restart(self, **options: Any) -> None:
+        self.start()
+
+
+RESUME_FLAGS = ("--history-events", "1000000", "--history-bytes", str(1024 * MIB), "--outbox-bytes", str(256 * KIB))
+
+
+def resume(options: argparse.Namespace, base: Path) -> list[str]:
+    """Everybody leaves and comes back once more at the end: what was not to be sent again would come now."""
+    found: list[str] = []
+    secret, rng = f"{random.getrandbits(256):064x}", random.Random(f"{options.seed}/resume")
+    (base / "secret").write_text(secret)
+    crowd = [Wanderer(index, options.seed, secret) for index in range(options.clients)]
+    flags = (*RESUME_FLAGS, "--secret-file", str(base / "secret"))
+    with contextlib.ExitStack() as stack:
+        for wanderer in crowd:
+            stack.callback(wanderer.stop)
+        field = stack.enter_context(field_of(base, base / "disk", *crowd, kind=OpenField, flags=flags))
+        field.produce("Aimed", "Aimed", "AimedBatches", "Plain")
+        fate = Faults(field, LimitedFiles(), options.seed)
+        with noting(found):
+            for _ in range(options.times):
+                fate.kill(300)
+                time.sleep(rng.uniform(0.0, 2.0))  # they come and go while it runs, too
+            gather(field, crowd)
+            field.finish()
+        found += field.violations()
+    say("kills of the server", options.times)
+    say_crowd(crowd)
+    field.say()
+    return found
+
+
+def gather(field: Field, crowd: Sequence[Wanderer]) -> None:
+    for wanderer in crowd:
+        wanderer.settle()
+    assert until(lambda: all(wanderer.settled.is_set() for wanderer in crowd), 60 * TIME_UNIT), "not all came back"
+    for number in range(3):
+        assert queue_event(field.queue, *numbered("the last", number, 1))
+    field.totals["the last"] = 3
+
+
+def say_crowd(crowd: Sequence[Wanderer]) -> None:
+    counts = sum((wanderer.counts for wanderer in crowd), Counter())
+    for what, count in sorted(counts.items()):
+        say(what, count)
+    for what in ("strange", "dropped", "resets"):
+        say(what, sum(getattr(wanderer.ledger, what) for wanderer in crowd))
+
+
 # ---- kill-producer -----------------------------------------------------------------------------------------
 
 WRITER = """
@@ -1038,19 +1321,20 @@ def judge_memory(memory: Sequence[int]) -> list[str]:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, Path], list[str]]] = {
-    "faults": faults, "kill-server": kill_server, "kill-producer": kill_producer, "churn": churn}
+    "faults": faults, "kill-server": kill_server, "resume": resume, "kill-producer": kill_producer, "churn": churn}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--times", type=int, help="50 for kill-server, 1000 for kill-producer")
+    parser.add_argument("--times", type=int, help="50 for kill-server, 20 for resume, 1000 for kill-producer")
+    parser.add_argument("--clients", type=int, default=100, help="that come back (resume)")
     parser.add_argument("--rate", type=float, default=100.0, help="connections each second (churn)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--no-mount", dest="mount", action="store_false", help="fill no disk, limit files (faults)")
     options = parser.parse_args(arguments)
-    options.times = options.times or {"kill-server": 50, "kill-producer": 1000}.get(options.command)
+    options.times = options.times or {"kill-server": 50, "resume": 20, "kill-producer": 1000}.get(options.command)
     return options
 
 

@@ -24,6 +24,7 @@ def run_bench(script, command):
 @pytest.mark.parametrize("command, messages", [
     ("latency", None),  # four producers with PHP, three without
     ("fanout", 4 * 4 * 20),
+    ("target", 2 * 4 + 50),
     ("burst", (2 + 5) * 200 * 10),
     ("memory", 50 + 50 + 10),
     ("connect", 2 * 50),
@@ -33,6 +34,7 @@ def run_bench(script, command):
     ("threshold", 0),
     ("stall", 3 * 2 * 100 * (10 - 2)),
     ("flood", 4 * 100 * 10),
+    ("resume", 51 + 20 * (50 + 51 + 51 + 1)),
 ])
 def test_quick_form_runs_and_delivers_everything(command, messages):
     """Each subcommand prints a table and has delivered exactly what its --quick size makes."""

@@ -10,7 +10,7 @@ import pytest
 
 import soak
 from helpers import TIME_UNIT
-from soak import Ledger, numbered
+from soak import Diary, Ledger, numbered, topics_of
 
 SCRIPT = Path(__file__).with_name("soak.py")
 
@@ -61,6 +61,16 @@ def test_kills_of_producers_leave_nothing():
     assert left >= figures["hit in mid-write, once a temporary file was seen"] == 10
     assert figures["of these, left by the sweep while young"] == left
     assert figures["and once they were old"] == 0
+
+
+def test_clients_that_come_back_miss_nothing_and_get_nothing_twice():
+    """Over kills of the server and their own comings and goings: each has what was sent to its topics, and no more."""
+    figures = run_soak("resume", "--times", 2, "--clients", 12, "--seed", 1)
+    assert figures["kills of the server"] == 2
+    assert_nothing_lost(figures)
+    assert figures["connections that went on"] > 12
+    for what in ("repeated", "dropped", "strange", "resets"):
+        assert figures[what] == 0
 
 
 def test_clients_that_vanish_leave_nothing():
@@ -146,6 +156,66 @@ def test_the_checker_sees_half_an_event():
     for number, damaged in enumerate([whole[:-1], whole.replace("xx", "x"), "[]", b"\xff"], start=1):
         ledger.take(damaged)
         assert len(ledger.violations) >= number
+
+
+def diary_of(numbers, producer="p"):
+    """What a client wrote down that received these numbers; events of a producer with this name go to everyone."""
+    diary = Diary("client", ["/path0"])
+    for number in numbers:
+        diary.take(f"id-{number}", *numbered(producer, number))
+    return diary
+
+
+def found_in(diary, total, producer="p"):
+    """How many of each kind were wrong, and the texts."""
+    texts = diary.end({producer: total})
+    return [diary.lost, diary.repeated + diary.dropped, diary.strange, diary.misplaced, diary.resets], texts
+
+
+@pytest.mark.parametrize("numbers, found", [
+    ([0, 1, 2, 3], [0, 0, 0, 0, 0]),
+    ([0, 1, 3], [1, 0, 0, 0, 0]),
+    ([1, 2, 3], [1, 0, 0, 0, 0]),
+    ([0, 1, 2], [1, 0, 0, 0, 0]),
+    ([0, 1, 1, 2, 3], [0, 1, 0, 0, 0]),
+    ([0, 1, 2, 3, 0], [0, 1, 0, 0, 0]),
+    ([0, 2, 1, 3], [0, 0, 0, 1, 0]),
+    ([0, 1, 2, 3, 4], [0, 0, 1, 0, 0]),
+], ids=str)
+def test_the_checker_of_those_who_come_back_sees_what_is_wrong(numbers, found):
+    """Four events were sent: what is lost, came twice, was not sent or is out of order is counted apart, and told."""
+    counts, texts = found_in(diary_of(numbers), 4)
+    assert counts == found
+    assert bool(texts) == any(found)
+
+
+def test_a_repeat_under_another_id_is_seen():
+    """A client that goes by ids would show it."""
+    diary = diary_of([0, 1, 2])
+    diary.take("another", *numbered("p", 1))
+    assert found_in(diary, 3)[0] == [0, 1, 0, 1, 0]
+
+
+def test_an_event_of_another_topic_is_seen():
+    """What was not addressed to the client is a violation, and what was, is due."""
+    sent = range(100)
+    mine = [number for number in sent if "/path0" in (topics_of("Aimed", number) or ["/path0"])]
+    assert 0 < len(mine) < len(sent)
+    assert found_in(diary_of(mine, "Aimed"), 100, "Aimed") == ([0, 0, 0, 0, 0], [])
+    other = next(number for number in sent if number not in mine)
+    assert found_in(diary_of(sorted([*mine, other]), "Aimed"), 100, "Aimed")[0] == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("message", [
+    ("7", "wsqueue.reset", None),
+    (None, *numbered("p", 0)),
+    ("7", "soak", {**numbered("p", 10)[1], "pad": "xx"}),
+], ids=["reset", "no id", "damaged"])
+def test_what_should_not_come_to_those_who_come_back(message):
+    """That events are gone, an event that one cannot go on from, or half an event."""
+    diary = diary_of([])
+    diary.take(*message)
+    assert len(diary.end({})) == 1
 
 
 def test_a_violation_is_the_exit_status(monkeypatch, tmp_path, capsys):
