@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from autobahn import find_python27
+from browser import run_chromium
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually
 
 # Whatever else is installed under the name, the file that is tested is the one next to this directory.
@@ -40,6 +41,13 @@ def alone(tmp_path):
     directory.mkdir()
     shutil.copy(WSQUEUE, str(directory))
     return directory
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """One browser for all tests: starting it is what takes long. Each test opens its page anew."""
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 # ---- In CI nothing is skipped: a missing tool must not look like a passed test -----------------------------

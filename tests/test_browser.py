@@ -2,49 +2,22 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.common.exceptions import NoAlertPresentException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import wsqueue
+from browser import needs_chromium
 from helpers import eventually
 from test_examples import EXAMPLES, HOSTILE, run_both
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs Debian's chromium and chromium-driver"
-)
-
-SWITCHES = (
-    "--headless=new", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-proxy-server",
-    "--no-sandbox",  # which Chromium requires of root, and which shows it nothing but our own page here
-    "--disable-dev-shm-usage",  # containers give 64 MB of shared memory; it needs more
-    # Nothing but the page may use the network.
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)
+pytestmark = needs_chromium
 
 
 # ---- The browser and the page ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    """One browser for all tests: starting it is what takes long. Each test opens the page anew."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(executable_path=CHROMEDRIVER))
-    yield driver
-    driver.quit()
 
 
 class Page:
@@ -124,7 +97,7 @@ def page(chromium, examples, request, tmp_path):
 
 
 def save_picture(driver, name, otherwise):
-    directory = Path(os.environ.get("WSQUEUE_ARTIFACTS") or otherwise)
+    directory = Path(os.environ.get("WSQUEUE_ARTEFACTS") or otherwise)
     directory.mkdir(parents=True, exist_ok=True)
     driver.save_screenshot(str(directory / (re.sub(r"[^\w.-]+", "-", name) + ".png")))
 
