@@ -34,7 +34,8 @@ with it, from the TLS handshake to the last byte), queue (one daemon), handler (
 up to 16 each for on_message callbacks and for authenticate(), only where there are any, and standby (one, in place of
 all others, while another process serves the queue). Lock order: fork > the server's lifecycle, and sending > history >
 registry > connection; those of an inbox, of the totals and of a pool are leaves, and the queue's flock is not waited
-for. User code runs under no lock; nothing is logged under the history's, the registry's or a connection's.
+for. User code runs under no lock; nothing is logged under the history's, the registry's or a connection's, nor while
+events are sent, because a log handler may send some.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; who comes back with the id of its last event gets what it
@@ -3712,8 +3713,8 @@ if hasattr(os, "register_at_fork"):
 
 
 # 12 ─ The browser's side ──────────────────────────────────────────────────────────────────────────────────────────
-# Pages on the server's port: the JavaScript client, which anyone may fetch, and those for monitoring. They run on the
-# I/O thread, and wait for nothing.
+# Pages on the server's port: the JavaScript client, which anyone may fetch, and those for monitoring. They are made on
+# the I/O thread (or the accept thread) and wait for nothing, but for the one that queues an event, which has a thread.
 
 # Names and types of the metrics; the text format is that of Prometheus, version 0.0.4.
 _METRICS = {
