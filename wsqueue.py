@@ -2177,7 +2177,7 @@ class History:
         oldest = self._clock() - seconds
         while self._events and (len(self._events) > count or self._size > size or self._events[0][0] < oldest):
             event = self._events[0][1]
-            if event.source in self._unsettled:
+            if event.source in self._unsettled and self._size <= size + LAGGING_TICKS * TICK_BYTES:
                 return
             self._events.popleft()
             if self._numbers.get(event.id) == self._first:
@@ -3597,7 +3597,8 @@ class WebSocketServer:
 
     def _rest(self, owed: bool) -> None:
         """The queue has nothing to send."""
-        if not owed and not self._backlog.waiting:
+        grown_up = time.monotonic() - self._started_at > GIVE_UP_SECONDS  # no file is held back for that long
+        if not owed and (grown_up or not self._backlog.waiting):
             self._history.settle()
             if self._file:
                 with self._sending:

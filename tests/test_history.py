@@ -18,7 +18,7 @@ import pytest
 from clients import LIBRARIES, PATIENCE, EventStream, Follower, RawClient, Received, serving, with_last_id
 from helpers import eventually, spawn_server
 from test_processes import second, takes_over
-from test_queue_directory import unprivileged
+from test_queue_directory import needs_root, unprivileged
 from test_server import (
     asleep,
     errors_of,
@@ -380,6 +380,21 @@ def test_what_is_broadcast_from_inside_is_repeated_in_its_place(directory):
                 put(directory, number)
             assert witness.payloads(1)[0][0] == number
         assert numbers_of(coming_back(server, directory, last)) == list(range(6))
+
+
+@both_kinds
+def test_who_is_excluded_does_not_get_it_as_missed(stream):
+    """A handler tells all others who has come, while its own client is still behind."""
+    def handler(conn):
+        server.broadcast("e", [0], exclude=conn)
+
+    with serving({"/": handler}) as server, Follower(server.url, "/other") as witness:
+        witness.hello()
+        with Follower(server.url, stream=stream) as client:
+            client.hello()
+            assert witness.payloads(1) == [[0]]
+            server.broadcast("e", [1])
+            assert client.payloads(1) == [[1]]
 
 
 def test_a_server_without_a_queue_has_a_history_too():
@@ -978,6 +993,85 @@ def open_base(tmp_path):
     return tmp_path
 
 
+def test_after_a_crash_of_the_machine_everybody_is_told(directory, monkeypatch):
+    """The end of what was written may be missing; but what a server had closed is whole."""
+    with killed(directory) as server:
+        last = first_event(server, directory, 0)
+        put(directory, 1)
+        sent(directory)
+    monkeypatch.setattr("wsqueue._boot_id", lambda: "another start of the machine")
+    with serving(queue=directory) as server:
+        assert complete_or_told(coming_back(server, directory, last), [1]) == "told"
+        last = first_event(server, directory, 2)
+        put(directory, 3)
+        sent(directory)
+    monkeypatch.setattr("wsqueue._boot_id", lambda: "one more")
+    with serving(queue=directory) as server:
+        assert numbers_of(coming_back(server, directory, last)) == [3]
+
+
+def test_a_history_that_is_restored_from_a_copy_has_no_hole(directory, tmp_path):
+    """Under a running server an older state takes its place: the next server must not believe it."""
+    with spawn_server("--queue", directory) as server:
+        last = first_event(server, directory, 0)
+        sent(directory)
+        shutil.copytree(history_of(directory), tmp_path / "older")
+        put(directory, 1)
+        sent(directory)
+        shutil.rmtree(history_of(directory))
+        shutil.copytree(tmp_path / "older", history_of(directory))
+        put(directory, 2)
+        sent(directory)
+        kill(server)
+    put(directory, 3)
+    with serving(queue=directory) as server:
+        sent(directory)
+        complete_or_told(coming_back(server, directory, last), [1, 2, 3])
+
+
+def test_what_is_still_queued_is_not_forgotten(directory):
+    """A slow client keeps what was sent in the queue; after a kill it is no news to those who have it."""
+    with spawn_server("--queue", directory, "--history-events", 2) as server:
+        with RawClient(server.url, receive_buffer=4 * KIB), Follower(server.url) as client:
+            ids = [client.hello()]
+            put(directory, *range(30), size=100 * KIB)
+            ids += [client.recv().id for _ in range(30)]
+            kill(server)
+    put(directory, 30)
+    with serving(queue=directory) as server:
+        sent(directory)
+        for index, last in enumerate(ids):
+            complete_or_told(coming_back(server, directory, last), range(index, 31))
+
+
+@needs_root
+def test_a_flow_without_a_pause_does_not_keep_the_history(directory):
+    """After a restart, too, and though the queue is never empty: who was away for too long is told."""
+    with serving(queue=directory) as server:
+        last = first_event(server, directory, 0)
+    over = threading.Event()
+
+    def flow():
+        while not over.is_set():
+            put(directory, 1, size=100)
+
+    with serving(queue=directory, history_events=10) as server, ThreadPoolExecutor(2) as pool:
+        flows = [pool.submit(flow) for _ in range(2)]
+        try:
+            eventually(lambda: comes_back_to(server, last).event == "wsqueue.reset", what="a reset")
+        finally:
+            over.set()
+        for call in flows:
+            call.result(PATIENCE)
+
+
+def comes_back_to(server, last):
+    """What such a client receives first behind its hello."""
+    with Follower(server.url, "/", last) as client:
+        client.hello()
+        return client.recv()
+
+
 # ---- Much of it, slowly, and at the same time --------------------------------------------------------------
 
 
@@ -1157,11 +1251,13 @@ def test_a_smaller_history_becomes_smaller_on_disk(directory):
         put_many(directory, 900, 4 * KIB)
         sent(directory)
         assert size_of(directory) > 3 * MIB
+    def is_small_after_some_more():
+        put_many(directory, 2000, KIB)
+        sent(directory)
+        return size_of(directory) < 3 * MIB
+
     with serving(queue=directory, history_events=10, history_bytes=16 * KIB):
-        for _ in range(5):
-            put_many(directory, 2000, KIB)
-            sent(directory)
-        assert size_of(directory) < 3 * MIB
+        eventually(is_small_after_some_more, what="a small history")
 
 
 def test_only_the_server_may_read_the_history(directory):

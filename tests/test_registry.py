@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from wsqueue import PLAIN, ClientRegistry, Encoding, Event, History, audiences_of
+from wsqueue import LAGGING_TICKS, MIB, PLAIN, TICK_BYTES, ClientRegistry, Encoding, Event, History, audiences_of
 
 TOPICS = ("/", "/chat", "user:1", "user:2")
 CLIENTS = range(5)
@@ -392,6 +392,14 @@ def test_what_may_still_be_in_its_queue_is_kept_and_known():
     assert len(history.kept()[3]) == 2
     history.settle()
     assert history.enter(sent)[1] == set()
+
+
+def test_what_never_leaves_its_queue_does_not_keep_the_history():
+    """A flow without a pause, or a file that cannot be removed: memory stays bounded, and a repeat may be the price."""
+    history = History(2, 1000, 60.0)
+    for number in range(200):
+        history.add([event(number, source=("a", number))._replace(text=bytes(MIB))])
+    assert len(history.kept()[3]) <= LAGGING_TICKS * TICK_BYTES // MIB
 
 
 def test_a_name_that_is_used_again_makes_another_event():
