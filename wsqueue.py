@@ -684,6 +684,14 @@ def _signature_of(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _is_at(path: str, status: os.stat_result) -> bool:
+    """Whether this very file is there: directories are replaced, and files tidied away, while a server runs."""
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except OSError:
+        return False
+
+
 class _Suspect(NamedTuple):
     """A file that did not parse."""
 
@@ -847,7 +855,7 @@ class DirectoryQueue:
             return 0, failures
         for entry in entries[:MONITOR_FAILURES]:
             reason = "its .reason cannot be read"
-            with contextlib.suppress(OSError, UnfinishedError, EventError, QueueError):
+            with contextlib.suppress(OSError, WsqueueError):
                 reason = self._read(f"{entry.path}.reason")[0].decode("utf-8", "replace").strip()
             failures.append({"name": entry.name, "reason": reason[:KIB]})
         return len(entries), failures
@@ -865,10 +873,7 @@ class DirectoryQueue:
 
     def is_ours(self) -> bool:
         """Whether the lock that we hold is the directory's."""
-        try:
-            return self._lock_fd >= 0 and os.path.samestat(os.stat(f"{self.path}/{_LOCK_NAME}"), self._lock_status)
-        except OSError:
-            return False
+        return self._lock_fd >= 0 and _is_at(f"{self.path}/{_LOCK_NAME}", self._lock_status)
 
     def _entries(self) -> list[tuple[int, str]]:
         entries = []
@@ -1408,7 +1413,7 @@ class Request:
         self.user: Any = None
         self.topics: list[str] = []
 
-    @property
+    @functools.cached_property
     def query(self) -> dict[str, str]:
         from urllib.parse import parse_qsl
 
@@ -1466,11 +1471,16 @@ def head_end(data: bytes) -> int:
     return end
 
 
+def encode_head(status: str, fields: Mapping[str, str]) -> bytes:
+    """The head of an HTTP response; a "_" in a field's name stands for a "-"."""
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1")
+
+
 def encode_response(status: str, body: bytes, kind: str = "text/plain; charset=utf-8", **headers: str) -> bytes:
     """A whole HTTP response, the last one of its connection."""
     fields = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **headers}
-    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
-    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1") + body
+    return encode_head(status, fields) + body
 
 
 class Encoding(NamedTuple):
@@ -2152,10 +2162,9 @@ class History:
             entered.append(event)
         return entered, repeats
 
-    def settle(self, events: Iterable[Event] | None = None) -> None:
-        """These are in their queue no longer; None: nothing is."""
-        settled = list(self._unsettled) if events is None else [event.source for event in events]
-        self._unsettled.difference_update(settled)
+    def settle(self, events: Iterable[Event]) -> None:
+        """These are in their queue no longer."""
+        self._unsettled.difference_update([event.source for event in events])
         with self.lock:
             self._trim()
 
@@ -2245,7 +2254,6 @@ class HistoryFile:
             log.warning("the history in %s is not used (%s): clients that come back start anew", self._directory, error)
         try:
             self._write_anew(b"", durable=True)  # or a crash of the machine could bring a complete, older one back
-            self._anew_at = 0.0  # as soon as what it kept beyond the bounds is settled
         except OSError as error:
             self.remove(error)
 
@@ -2262,20 +2270,27 @@ class HistoryFile:
             raise ValueError("the machine may have crashed since")
         if lines[-1] and not self._is_unsent(lines[-1]):
             raise ValueError("its end is damaged")
-        events = [_parse_line(line) for line in lines[:-1] if line != _CLOSED]
+        events = [self._settled(*_parse_line(line)) for line in lines[:-1] if line != _CLOSED]
         return str(first["epoch"]), int(first["first"]), str(first["base"]), events
+
+    def _settled(self, at: float, event: Event) -> tuple[float, Event]:
+        """Without its source, if that is not in the queue any more."""
+        return at, event if event.source and self._is_queued(event.source[0]) else event._replace(source=None)
+
+    def _is_queued(self, name: str) -> bool:
+        return os.path.lexists(os.path.join(os.path.dirname(self._directory), name))
 
     def _is_unsent(self, line: bytes) -> bool:
         """Whether a line was torn when we were killed: then its event has not been sent, and is still in the queue."""
         match = re.match(rb'\{"id":"[^"]*","source":\["((?:[^"\\]|\\.)*)",\[', line)
         name = json.loads(b'"%s"' % match[1]) if match else ""
-        return bool(name) and os.path.lexists(os.path.join(os.path.dirname(self._directory), name))
+        return bool(name) and self._is_queued(name)
 
     def write(self, events: Sequence[Event]) -> str:
         """Add events that are about to be sent. Returns what went wrong anew, to be logged under no lock."""
         data, now = b"".join(_encode_line(time.time(), event) for event in events), time.monotonic()
         try:
-            if self._fd >= 0 and self._size + len(data) <= self._limit and self._is_in_place():
+            if self._fd >= 0 and self._size + len(data) <= self._limit and _is_at(self._path, self._status):
                 _write_all(self._fd, data)
                 self._size += len(data)
             elif self._fd >= 0 or now >= self._retry_at:
@@ -2296,13 +2311,6 @@ class HistoryFile:
         if self._fd >= 0 and time.monotonic() >= self._anew_at:
             with contextlib.suppress(OSError):  # the next write() will tell
                 self._write_anew(b"")
-
-    def _is_in_place(self) -> bool:
-        """Directories are replaced, and files tidied away, while a server runs."""
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
-        except OSError:
-            return False
 
     def _write_anew(self, data: bytes, durable: bool = False) -> None:
         """Without what the history has dropped."""
@@ -2326,7 +2334,7 @@ class HistoryFile:
             os.close(fd)
             raise
         self.abandon()
-        self._fd, self._size, self._limit = fd, len(data), 2 * len(data) + MIB
+        self._fd, self._status, self._size, self._limit = fd, os.fstat(fd), len(data), 2 * len(data) + MIB
         self._anew_at = time.monotonic() + min(SWEEP_SECONDS, max(1.0, self._history.most_seconds))
         if durable:
             _write(os.open(self._directory, os.O_RDONLY), b"", durable)
@@ -2872,10 +2880,9 @@ def stream_head(cors: Mapping[str, str]) -> bytes:
     """A browser comes back after a time of its own, so that not all do at once."""
     import random
 
-    fields = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no",
-              "Connection": "close", **cors}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"HTTP/1.1 200 OK\r\n{lines}\r\nretry: {random.randint(1000, 5000)}\n\n".encode("latin-1")  # noqa: S311
+    head = encode_head("200 OK", {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
+                                  "X-Accel-Buffering": "no", "Connection": "close", **cors})
+    return head + b"retry: %d\n\n" % random.randint(1000, 5000)  # noqa: S311
 
 
 def host_name(request: Request) -> str:
@@ -3386,8 +3393,8 @@ class WebSocketServer:
 
     def _answer(self, conn: Connection, request: Request, rest: bytes) -> bytes:
         """Let the client in, or give it a page; or have a thread find out. Raises HandshakeError."""
-        page = PAGES.get((request.method, request.path)) if not request.is_upgrade() and not asks_for_stream(
-            request) else None
+        stream = asks_for_stream(request)
+        page = None if stream or request.is_upgrade() else PAGES.get((request.method, request.path))
         if page and (page.public or self._is_monitored(request)):
             respond = functools.partial(page.respond, self, request)
             if page.waits:
@@ -3395,7 +3402,7 @@ class WebSocketServer:
             else:
                 conn.wind_down(LINGERING, respond())
             return b""
-        encoding, response = self._agree(request)
+        encoding, response = self._agree(request, stream)
         self._check_ticket(request)
         if self._check:
             if len(rest) > HEAD_BYTES or self._io.checks.waiting() > CHECKS_WAITING:
@@ -3405,20 +3412,20 @@ class WebSocketServer:
         self._admit(conn, request, encoding, response)
         return rest
 
-    def _agree(self, request: Request) -> tuple[Encoding, bytes]:
+    def _agree(self, request: Request, stream: bool) -> tuple[Encoding, bytes]:
         """How the client is to be served, and the head of the response. Raises HandshakeError."""
         settings, origin = self._settings, request.headers.get("origin")
-        if asks_for_stream(request):
+        if stream:
             check_origin(request, settings.allowed_origins)
             return shared_encoding(0, True, True), stream_head(cors_headers(origin, settings.allowed_origins))
         key = websocket_key(request)
         check_origin(request, settings.allowed_origins)
         offers = request.headers.get("sec-websocket-extensions", "") if settings.deflate else ""
         extension, window = accept_deflate(offers)
-        response = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                    f"Sec-WebSocket-Accept: {accept_key(key)}\r\n"
-                    + (f"Sec-WebSocket-Extensions: {extension}\r\n" if extension else "") + "\r\n")
-        return shared_encoding(window, "last_event_id" in request.query), response.encode()
+        agreed = {"Sec-WebSocket-Extensions": extension} if extension else {}
+        response = encode_head("101 Switching Protocols", {"Upgrade": "websocket", "Connection": "Upgrade",
+                                                           "Sec-WebSocket-Accept": accept_key(key), **agreed})
+        return shared_encoding(window, "last_event_id" in request.query), response
 
     def _check_ticket(self, request: Request) -> None:
         if not self._secrets:
@@ -3581,10 +3588,10 @@ class WebSocketServer:
                     queue.done(sent)  # only now: a crash repeats an event, it does not lose it
                     self._history.settle(sent)
                 self._note_backlog(queue)
+                self._expire_history()
                 self._trouble = ""
                 if events:
                     continue
-                self._rest(bool(owed))
             except Exception as error:
                 if str(error) != self._trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
@@ -3595,14 +3602,10 @@ class WebSocketServer:
         for entry in owed:
             queue.done(entry.events)  # the I/O thread flushes what waits
 
-    def _rest(self, owed: bool) -> None:
-        """The queue has nothing to send."""
-        grown_up = time.monotonic() - self._started_at > GIVE_UP_SECONDS  # no file is held back for that long
-        if not owed and (grown_up or not self._backlog.waiting):
-            self._history.settle()
-            if self._file:
-                with self._sending:
-                    self._file.expire()
+    def _expire_history(self) -> None:
+        if self._file:
+            with self._sending:
+                self._file.expire()
 
     def _fan_out(self, events: list[Event]) -> set[Connection]:
         """Send events, joined into one buffer for each client; returns those for whom something waits."""

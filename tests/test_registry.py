@@ -390,7 +390,7 @@ def test_what_may_still_be_in_its_queue_is_kept_and_known():
     assert len(history.kept()[3]) == 5 and history.enter(sent[1:3])[1] == {0, 1}
     history.settle(sent[:4])
     assert len(history.kept()[3]) == 2
-    history.settle()
+    history.settle(sent)
     assert history.enter(sent)[1] == set()
 
 
