@@ -31,9 +31,11 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
 
 
 @contextmanager
-def serving(handlers=None, callbacks=None, **settings):
-    """A started server on a free port; stopped when the block ends."""
+def serving(handlers=None, callbacks=None, check=None, **settings):
+    """A started server on a free port; stopped when the block ends. check: given to authenticate()."""
     server = WebSocketServer(port=0, **{"close_timeout": 1.0, **settings})
+    if check:
+        server.authenticate(check)
     for path, handler in (handlers or {}).items():
         server.on(path, handler)
     for path, callback in (callbacks or {}).items():
@@ -86,9 +88,20 @@ def handshake(target="/", **changes):
         "Sec-WebSocket-Key": KEY,
         "Sec-WebSocket-Version": "13",
     }
-    headers.update({name.replace("_", "-"): value for name, value in changes.items()})
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
-    return (f"GET {target} HTTP/1.1\r\n" + "".join(lines) + "\r\n").encode()
+    return request_head(target, {**headers, **changes}).encode()
+
+
+def stream_request(target="/", version="1.1", **changes):
+    """A request for an event stream, likewise."""
+    fields = {"Host": "127.0.0.1", "Accept": "text/event-stream", **changes}
+    return request_head(target, fields, version).encode("latin-1")
+
+
+def request_head(target, fields, version="1.1"):
+    """A "_" in a field's name stands for a "-"; a field that is None is left out."""
+    fields = {name.replace("_", "-"): value for name, value in fields.items()}
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
+    return f"GET {target} HTTP/{version}\r\n{''.join(lines)}\r\n"
 
 
 def open_socket(url, receive_buffer=None):
@@ -128,19 +141,17 @@ def parse_answer(data):
 # ---- WebSocket, byte by byte -------------------------------------------------------------------------------
 
 
-class RawClient:
-    """A WebSocket client that does nothing by itself, but for recv(), which answers pings."""
+class Wire:
+    """A socket over which a request went and was answered, and what has come over it and is not taken yet."""
 
-    def __init__(self, url, target="/", *, receive_buffer=None, behind=b"", **headers):
-        """behind: sent in one piece with the handshake request."""
-        self.socket = open_socket(url, receive_buffer)
-        self._data = bytearray()
+    def __init__(self, sock, request, status):
+        self.socket, self._data = sock, bytearray()
         try:
-            self.socket.sendall(handshake(target, **headers) + behind)
-            self.head = self._read_head()
-            assert self.head.startswith("HTTP/1.1 101 "), self.head
+            sock.sendall(request)
+            self.head = self._take_until(b"\r\n\r\n").decode("latin-1")
+            assert self.head.startswith(f"HTTP/1.1 {status} "), self.head
         except BaseException:
-            self.socket.close()
+            sock.close()
             raise
 
     def __enter__(self):
@@ -149,6 +160,28 @@ class RawClient:
     def __exit__(self, *_):
         self.socket.close()
 
+    def read_more(self):
+        """Receive once, whatever there is, and return it; what takes it will find it."""
+        data = self.socket.recv(65536)
+        if not data:
+            raise EOFError(f"the stream ended with {bytes(self._data[-80:])!r} unread")
+        self._data += data
+        return data
+
+    def _take_until(self, end):
+        while end not in self._data:
+            self.read_more()
+        taken, _, self._data = self._data.partition(end)
+        return bytes(taken)
+
+
+class RawClient(Wire):
+    """A WebSocket client that does nothing by itself, but for recv(), which answers pings."""
+
+    def __init__(self, url, target="/", *, receive_buffer=None, behind=b"", **headers):
+        """behind: sent in one piece with the handshake request."""
+        super().__init__(open_socket(url, receive_buffer), handshake(target, **headers) + behind, 101)
+
     def send(self, message):
         """Send a whole message, text for str and binary for bytes."""
         text = isinstance(message, str)
@@ -156,20 +189,6 @@ class RawClient:
 
     def send_frame(self, opcode, payload=b"", **frame):
         self.socket.sendall(client_frame(opcode, payload, **frame))
-
-    def _read_head(self):
-        while b"\r\n\r\n" not in self._data:
-            self.read_more()
-        head, _, self._data = self._data.partition(b"\r\n\r\n")
-        return head.decode("latin-1")
-
-    def read_more(self):
-        """Receive once, whatever there is, and return it; read_frame() and the rest will find it."""
-        data = self.socket.recv(65536)
-        if not data:
-            raise EOFError(f"the stream ended with {bytes(self._data[-80:])!r} unread")
-        self._data += data
-        return data
 
     def _take(self, size):
         while len(self._data) < size:
@@ -290,43 +309,13 @@ def in_threads(action, *args):
 # ---- Clients that come back --------------------------------------------------------------------------------
 
 
-class EventStream:
+class EventStream(Wire):
     """A client of server-sent events that does nothing by itself."""
 
     def __init__(self, url, target="/", *, receive_buffer=None, **headers):
         """Some_Name="value" sets a header."""
-        self.socket = open_socket(url, receive_buffer)
-        self._data = bytearray()
-        fields = {"Host": "127.0.0.1", "Accept": "text/event-stream", **headers}
-        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
-        try:
-            self.socket.sendall(f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode())
-            self.head = self._take_until(b"\r\n\r\n").decode("latin-1")
-            assert self.head.startswith("HTTP/1.1 200 "), self.head
-            assert "transfer-encoding" not in self.head.lower(), self.head
-        except BaseException:
-            self.socket.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def read_more(self):
-        """Receive once, whatever there is, and return it; recv() will find it."""
-        data = self.socket.recv(65536)
-        if not data:
-            raise EOFError(f"the stream ended with {bytes(self._data[-80:])!r} unread")
-        self._data += data
-        return data
-
-    def _take_until(self, end):
-        while end not in self._data:
-            self.read_more()
-        taken, _, self._data = self._data.partition(end)
-        return bytes(taken)
+        super().__init__(open_socket(url, receive_buffer), stream_request(target, **headers), 200)
+        assert "transfer-encoding" not in self.head.lower(), self.head
 
     def recv(self):
         """The id (None: it has none) and the data of the next message; comments and the time to retry are skipped."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from autobahn import find_python27
-from browser import run_chromium
+from browser import CHROMEDRIVER, CHROMIUM, run_chromium
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually
 
 # Whatever else is installed under the name, the file that is tested is the one next to this directory.
@@ -46,6 +46,8 @@ def alone(tmp_path):
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
     """One browser for all tests: starting it is what takes long. Each test opens its page anew."""
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("needs Debian's chromium and chromium-driver")
     with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
 

@@ -8,11 +8,10 @@ import socket
 import struct
 import threading
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from urllib.parse import quote
 
 import pytest
-import trustme
 
 import wsqueue
 from clients import (
@@ -27,10 +26,11 @@ from clients import (
     open_socket,
     parse_answer,
     read_to_end,
+    serving,
     still_reaches,
 )
 from helpers import eventually
-from test_tls import SecureClient, trusting
+from test_tls import TRUSTING, SecureClient, write_certificate
 from wsqueue import CALLBACK_THREADS, WebSocketServer, sign_ticket
 
 MIB = 1024 * 1024
@@ -38,17 +38,9 @@ SECRET = "a secret of a test, which is long enough for PyJWT"
 FOR_EVER = 3600.0
 
 
-@contextmanager
 def guarded(check, handlers=None, callbacks=None, **settings):
     """A started server that asks check(request) whom to let in."""
-    server = WebSocketServer(port=0, **{"close_timeout": 1.0, **settings})
-    server.authenticate(check)
-    for path, handler in (handlers or {}).items():
-        server.on(path, handler)
-    for path, callback in (callbacks or {}).items():
-        server.on_message(path, callback)
-    with server:
-        yield server
+    return serving(handlers, callbacks, check, **settings)
 
 
 class Gate:
@@ -639,27 +631,15 @@ def test_a_closing_handshake_behind_the_request_is_answered():
 # ---- TLS, forks, sharing with others ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def certificate(authority, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tls") / "cert.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
-    return str(path)
-
-
-def test_a_check_works_over_tls(authority, certificate):
+def test_a_check_works_over_tls(tmp_path):
     """With what came behind the request, too, which is decrypted already and not to be lost."""
-    got, context = [], trusting(authority)
+    got = []
     with Gate("ada") as gate, guarded(gate, callbacks={"/slow": lambda *met: got.append(met)},
-                                      tls_cert=certificate) as server:
-        with context.wrap_socket(open_socket(server.url), server_hostname="127.0.0.1") as sock:
+                                      **write_certificate(tmp_path)) as server:
+        with TRUSTING.wrap_socket(open_socket(server.url), server_hostname="127.0.0.1") as sock:
             sock.sendall(handshake("/slow") + client_frame(TEXT, b"hello") * 3)
             gate.wait_for(1)
-            with SecureClient(server.url, context=context) as witness:
+            with SecureClient(server.url) as witness:
                 everybody_is_in(server, 1)
                 assert still_reaches(server, witness)
             gate.open()
@@ -668,10 +648,10 @@ def test_a_check_works_over_tls(authority, certificate):
         assert [(conn.user, message) for conn, message in got] == [("ada", "hello")] * 3
 
 
-def test_a_refusal_works_over_tls(authority, certificate):
+def test_a_refusal_works_over_tls(tmp_path):
     """401, and a clean end."""
-    with guarded(lambda request: False, tls_cert=certificate) as server:
-        with trusting(authority).wrap_socket(open_socket(server.url), server_hostname="127.0.0.1",
+    with guarded(lambda request: False, **write_certificate(tmp_path)) as server:
+        with TRUSTING.wrap_socket(open_socket(server.url), server_hostname="127.0.0.1",
                                              suppress_ragged_eofs=False) as sock:
             sock.sendall(handshake())
             assert parse_answer(read_to_end(sock)).status == 401

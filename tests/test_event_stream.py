@@ -16,7 +16,6 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import pytest
-import trustme
 
 import wsqueue
 from clients import (
@@ -29,9 +28,10 @@ from clients import (
     parse_answer,
     serving,
     still_reaches,
+    stream_request,
 )
 from helpers import TIME_UNIT, eventually, spawn_server
-from test_tls import trusting
+from test_tls import AUTHORITY, TRUSTING, write_certificate
 from wsqueue import queue_event, queue_events, sign_ticket
 
 KIB, MIB = 1024, 1024 * 1024
@@ -104,13 +104,6 @@ class StreamParser:
         raise AssertionError(f"a field that no page listens for: {value!r}")
 
 
-def get(target="/", version="1.1", **headers):
-    """A request for an event stream; `Some_Name="value"` sets a header, None leaves it out."""
-    fields = {"Host": "127.0.0.1", "Accept": "text/event-stream", **headers}
-    lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items() if value is not None]
-    return f"GET {target} HTTP/{version}\r\n{''.join(lines)}\r\n".encode("latin-1")
-
-
 class Stream:
     """An event stream over a raw socket."""
 
@@ -118,7 +111,7 @@ class Stream:
         self.socket = wrap(open_socket(url, receive_buffer))
         self.parser, self._messages, self.bytes = StreamParser(), [], b""
         try:
-            self.socket.sendall(request or get(target, **headers))
+            self.socket.sendall(request or stream_request(target, **headers))
             head = self._read_head()
             self.status, self.headers = parse_answer(head)[:2]
             assert self.status == 200, head
@@ -316,13 +309,13 @@ def test_who_accepts_a_stream_gets_one(server, accept):
 @pytest.mark.parametrize("accept", [None, "*/*", "text/html", "application/json", "text/event"])
 def test_who_does_not_accept_a_stream_gets_an_answer_that_ends(server, accept):
     """426, which says what this port speaks."""
-    assert exchange(server.url, get("/chat", Accept=accept)).status == 426
+    assert exchange(server.url, stream_request("/chat", Accept=accept)).status == 426
 
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
 def test_only_get_opens_a_stream(server, method):
     """405 for the others, which says what is allowed."""
-    answer = exchange(server.url, get("/chat").replace(b"GET", method.encode(), 1))
+    answer = exchange(server.url, stream_request("/chat").replace(b"GET", method.encode(), 1))
     assert (answer.status, answer.headers["allow"]) == (405, "GET")
 
 
@@ -334,7 +327,7 @@ def test_a_websocket_stays_one(server):
 
 def test_an_old_proxy_may_ask_too(server):
     """HTTP/1.0 is what nginx speaks to its upstreams unless told otherwise."""
-    with Stream(server.url, request=get("/", version="1.0")) as stream:
+    with Stream(server.url, request=stream_request("/", version="1.0")) as stream:
         stream.hello()
         server.broadcast("hello", 1)
         assert stream.payloads(1) == [1]
@@ -537,7 +530,7 @@ def test_an_id_in_the_header_cannot_either(past, identity):
 @pytest.mark.parametrize("identity", ["a\rb", "a\nb", "a\0b", "\r"])
 def test_a_header_that_is_none_is_refused(past, identity):
     """The ends of lines within a line make the request malformed."""
-    assert exchange(past[0].url, get(Last_Event_ID=identity)).status == 400
+    assert exchange(past[0].url, stream_request(Last_Event_ID=identity)).status == 400
 
 
 # ---- Who gets what ---------------------------------------------------------------------------------------------
@@ -632,7 +625,7 @@ def test_without_a_good_ticket_there_is_no_stream():
     """401 with a sentence, which ends the answer."""
     with serving(secret=SECRET) as server:
         for ticket in (None, "x", sign_ticket(SECRET, path="/other"), sign_ticket("another secret", user=7)):
-            answer = exchange(server.url, get("/chat" if ticket is None else f"/chat?ticket={ticket}"))
+            answer = exchange(server.url, stream_request("/chat" if ticket is None else f"/chat?ticket={ticket}"))
             assert answer.status == 401 and answer.headers["content-type"].startswith("text/plain")
             assert ticket is None or ticket not in answer.body
         everybody_has_left(server)
@@ -674,7 +667,7 @@ def test_every_page_may_listen_where_all_are_allowed():
 def test_a_page_that_is_not_allowed_may_not_listen(origin):
     """403, and no header that lets it read even that."""
     with serving(allowed_origins=["https://a.example"]) as server:
-        answer = exchange(server.url, get(Host="push.example.com", Origin=origin))
+        answer = exchange(server.url, stream_request(Host="push.example.com", Origin=origin))
         assert answer.status == 403 and not [name for name in answer.headers if name.startswith("access-control")]
 
 
@@ -802,13 +795,14 @@ def test_messages_are_for_websockets():
 # ---- Who does not behave ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("later", [b"x", b"\0" * 100, b"\x81\x82\0\0\0\0hi", b"\x88\x80\0\0\0\0", get(), b"\r\n\r\n",
+@pytest.mark.parametrize("later", [b"x", b"\0" * 100, b"\x81\x82\0\0\0\0hi", b"\x88\x80\0\0\0\0",
+                                   stream_request(), b"\r\n\r\n",
                                    b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 100 * KIB],
                          ids=lambda later: repr(later[:12]))
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_a_client_sends_later_is_ignored(server, later, at_once):
     """In one piece with the request or behind it: no frame, no second request, no error."""
-    with Stream(server.url, request=get() + (later if at_once else b"")) as stream:
+    with Stream(server.url, request=stream_request() + (later if at_once else b"")) as stream:
         stream.hello()
         if not at_once:
             stream.socket.sendall(later)
@@ -921,7 +915,7 @@ def test_streams_count_as_clients():
     """max_clients is about both kinds; so are the counts."""
     with serving(max_clients=2) as server, listening(server), RawClient(server.url):
         eventually(lambda: server.get_connection_count() == 2, what="two clients")
-        answer = exchange(server.url, get())
+        answer = exchange(server.url, stream_request())
         assert answer.status == 503 and answer.headers["retry-after"]
         monitor = json.loads(exchange(server.url, b"GET /monitor.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").body)
         assert (monitor["clients"], monitor["streams"]) == (2, 1)
@@ -967,26 +961,12 @@ def test_stop_waits_no_longer_than_it_says_for_a_stalled_stream():
             assert not conn.is_connected() and not server.is_running()
 
 
-@pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def certificate(authority, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tls") / "cert.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
-    return str(path)
-
-
-def test_a_stream_over_tls(authority, certificate):
+def test_a_stream_over_tls(tmp_path):
     """The same; stop() ends it with a close_notify, so that nobody can cut it unnoticed."""
-    context = trusting(authority)
-
     def wrap(sock):
-        return context.wrap_socket(sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+        return TRUSTING.wrap_socket(sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
 
-    with serving(tls_cert=certificate) as server:
+    with serving(**write_certificate(tmp_path)) as server:
         stream, conn = enter(server, wrap=wrap)
         with stream:
             server.broadcast("large", "x" * 500 * KIB)
@@ -998,9 +978,10 @@ def test_a_stream_over_tls(authority, certificate):
 
 
 @needs_curl
-def test_curl_over_tls(authority, certificate, tmp_path):
+def test_curl_over_tls(tmp_path):
     """https:// is what wss:// is."""
-    with authority.cert_pem.tempfile(dir=str(tmp_path)) as trusted, serving(tls_cert=certificate) as server:
+    certificate = write_certificate(tmp_path)
+    with AUTHORITY.cert_pem.tempfile(dir=str(tmp_path)) as trusted, serving(**certificate) as server:
         with curl("--cacert", trusted, "-H", "Accept: text/event-stream", http_url(server)) as process:
             messages = curl_messages(process)
             assert json.loads(next(messages).data)["event"] == "wsqueue.hello"

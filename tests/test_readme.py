@@ -534,26 +534,6 @@ def commands(block, request):
 # ---- In the browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    """Debian's Chromium, without a window; the same for all blocks."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server",
-                   "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                   f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    browser = webdriver.Chrome(options=options, service=Service(executable_path=driver))
-    yield browser
-    browser.quit()
-
-
 @contextmanager
 def page(code):
     """A page with the code in it, which hands what it shows to `shown`; yields its address."""

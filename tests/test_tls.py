@@ -32,6 +32,7 @@ from clients import (
     TEXT,
     RawClient,
     Reader,
+    Wire,
     close_payload,
     everybody_has_left,
     handshake,
@@ -119,15 +120,7 @@ class SecureClient(RawClient):
     """A client that does nothing by itself, over TLS."""
 
     def __init__(self, url, target="/", *, context=TRUSTING, receive_buffer=None, **headers):
-        self.socket = open_tls(url, context, receive_buffer)
-        self._data = bytearray()
-        try:
-            self.socket.sendall(handshake(target, **headers))
-            self.head = self._read_head()
-            assert self.head.startswith("HTTP/1.1 101 "), self.head
-        except BaseException:
-            self.socket.close()
-            raise
+        Wire.__init__(self, open_tls(url, context, receive_buffer), handshake(target, **headers), 101)
 
 
 def clients_arrived(server, count):
