@@ -9,6 +9,14 @@ HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 
 
+# A queue other than the directory and SQLite needs its broker's library.
+BROKERS = {
+    "redis": ["redis>=5"],
+    "postgres": ["psycopg[binary]>=3.2"],
+    "rabbitmq": ["pika>=1.3"],
+}
+
+
 def version() -> str:
     """Read the version as text: importing the module would run it, and this only has to know one line."""
     match = re.search(r'^__version__.*?"([^"]+)"', (HERE / "wsqueue.py").read_text("utf-8"), re.MULTILINE)
@@ -32,7 +40,9 @@ setup(
     # Only a server needs it, and imports it when it starts; producers run without.
     install_requires=["websocket-server>=0.6.4"],
     extras_require={
+        **BROKERS,
         "test": [
+            *(library for libraries in BROKERS.values() for library in libraries),
             "pytest>=8",
             "pytest-timeout",  # a hung test fails, and does not hang the run
             "hypothesis",
@@ -42,6 +52,7 @@ setup(
             "gunicorn",  # a preforking server, whose workers each start ours
             "prometheus-client",  # parses what /metrics says
             "trustme",  # certificates for an hour
+            "pyyaml",  # reads examples/two_nodes/compose.yaml
             "pyjwt",  # makes and reads tickets, and knows nothing of us
             "flask",  # the application of examples/flask_session_and_tickets.py
             "ruff",

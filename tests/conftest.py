@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from autobahn import find_python27
+from brokers import EPMD, POSTGRES, RABBITMQ, REDIS, postgres_server, rabbitmq_server, redis_server
 from browser import CHROMEDRIVER, CHROMIUM, run_chromium
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually
 
@@ -50,6 +51,44 @@ def chromium(tmp_path_factory):
         pytest.skip("needs Debian's chromium and chromium-driver")
     with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
+
+
+# ---- Brokers: one of each for all tests, which nobody ends -------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def redis_broker(tmp_path_factory):
+    if not REDIS:
+        pytest.skip("needs Debian's redis-server")
+    with redis_server(tmp_path_factory.mktemp("redis")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def postgres_broker(tmp_path_factory):
+    if not POSTGRES:
+        pytest.skip("needs Debian's postgresql")
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_broker(tmp_path_factory):
+    if not (RABBITMQ and EPMD):
+        pytest.skip("needs Debian's rabbitmq-server")
+    with rabbitmq_server(tmp_path_factory.mktemp("rabbitmq")) as broker:
+        yield broker
+
+
+@pytest.fixture(params=["directory", "sqlite", "postgresql", "redis", "amqp"])
+def queue_url(request, tmp_path):
+    """A fresh queue of every kind."""
+    if request.param == "directory":
+        return str(tmp_path / "queue")
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/queue.db"
+    broker = {"postgresql": "postgres_broker", "redis": "redis_broker", "amqp": "rabbitmq_broker"}[request.param]
+    return request.getfixturevalue(broker).queue_url()
 
 
 # ---- In CI nothing is skipped: a missing tool must not look like a passed test -----------------------------
