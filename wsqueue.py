@@ -4,6 +4,7 @@
     queue_event("ws_queue", "order_paid", {"id": 42})         # any process: a web request, a cron job
     wsqueue send order_paid '{"id": 42}' --queue ws_queue     # any shell; PHP writes a file and renames it
     wsqueue serve --queue ws_queue                            # one server: every browser gets it at once
+    queue_event("redis://host/0", "order_paid", {"id": 42})   # several machines; also sqlite, postgresql, amqp
 
     server = WebSocketServer().host("127.0.0.1").port(8081).event_queue("ws_queue")
     server.on("/chat", lambda conn: conn.send({"event": "welcome"}))
@@ -26,6 +27,9 @@ The disk format, a contract with producers in every language:
     ws_queue/failed/        what could not be understood, each beside its .reason
     ws_queue/history/       the server's own: what it sent last, for clients that come back
 
+Where one machine is not enough, a URL stands for the directory: BrokerQueue (section 11) reads a table, a stream or an
+exchange whose entries hold what such a file holds; every server gets every entry.
+
 Events go out in the order of the first 13 hexadecimal digits that follow a "_" in the name (PHP's uniqid(): seconds
 and microseconds), else of the name's leading number (Unix time), else of the file's mtime.
 
@@ -33,9 +37,9 @@ Threads: accept (one; it also answers a handshake whose request is here already)
 with it, from the TLS handshake to the last byte), queue (one daemon), handler (one for each handler while it runs),
 up to 16 each for on_message callbacks and for authenticate(), only where there are any, and standby (one, in place of
 all others, while another process serves the queue). Lock order: fork > the server's lifecycle, and sending > history >
-registry > connection; those of an inbox, of the totals and of a pool are leaves, and the queue's flock is not waited
-for. User code runs under no lock; nothing is logged under the history's, the registry's or a connection's, nor while
-events are sent, because a log handler may send some.
+registry > connection; those of an inbox, of the totals, of a pool and of who queues at a URL are leaves, and the
+queue's flock is not waited for. User code runs under no lock; nothing is logged under the history's, the registry's or
+a connection's, nor while events are sent, because a log handler may send some.
 
 Guarantees: what was queued is never lost (a crash repeats an event, under the same id, it never drops one); each
 client sees a producer's events in the order it queued them; who comes back with the id of its last event gets what it
@@ -74,9 +78,10 @@ from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, Tuple, Union
 
 __all__ = [
-    "ClientRegistry", "Connection", "ConnectionClosed", "DirectoryQueue", "Event", "EventError", "EventQueue",
-    "ProtocolError", "QueueError", "QueueInUseError", "ServerError", "SettingError", "WebSocketServer",
-    "WsqueueError", "main", "open_queue", "queue_event", "queue_events", "sign_ticket",
+    "BrokerQueue", "ClientRegistry", "Connection", "ConnectionClosed", "DirectoryQueue", "Event", "EventError",
+    "EventQueue", "OutboxQueue", "ProtocolError", "QueueError", "QueueInUseError", "ServerError", "SettingError",
+    "WebSocketServer", "WsqueueError", "close_queues", "main", "open_queue", "queue_event", "queue_events",
+    "sign_ticket",
 ]
 __version__ = "0.1.0"
 
@@ -118,6 +123,7 @@ STANDBY_SECONDS = 0.5     # how often a server that stands by looks whether the 
 DEFLATE_LEVEL = 6         # zlib's default; 9 takes twice the time for 1 % less
 TICKET_BYTES = 4 * KIB    # browsers and proxies take a URL of 8 KiB
 LEEWAY_SECONDS = 30.0     # by which the clocks of who signs a ticket and of the server may differ
+MOST_PRODUCERS = 64       # queues at URLs that queue_event() keeps connected in a process
 FINAL_BLOCKS = 64         # in a compressed message: each costs a new zlib stream, and a client needs two bytes for one
 
 
@@ -135,7 +141,10 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("host", "127.0.0.1", "address", 0, "Address to listen on; 0.0.0.0 or :: for every interface.", "WS_HOST"),
     Setting("port", 8081, "port", 0, "TCP port to listen on; 0 picks a free one.", "WS_PORT"),
-    Setting("queue", "", "directory", 0, "Queue directory; it is made if it is missing.", "WS_QUEUE_PATH"),
+    Setting("queue", "", "path or URL", 0, "Queue directory, which is made if it is missing; or a URL: sqlite:///,"
+            " postgresql://, redis:// or amqp://.", "WS_QUEUE_PATH"),
+    Setting("node", "", "name", 0, "Of this server, among those that share a queue at a URL: by it, it goes on where it"
+            " was; without it, the host's.", "WS_NODE"),
     Setting("poll_interval", 0.1, "seconds", 0.001, "How often the queue is looked at when the kernel is silent."),
     Setting("wakeup", True, "", 0, "Let the kernel (inotify, kqueue) wake the server between two polls."),
     Setting("max_event_bytes", MIB, "bytes", 64, "Largest event file; a larger one is moved to failed/."),
@@ -201,6 +210,10 @@ class QueueInUseError(QueueError):
 
 class ServerError(WsqueueError):
     """A server that cannot start."""
+
+
+class PortInUseError(ServerError):
+    """Another process has the port."""
 
 
 class ProtocolError(WsqueueError):
@@ -356,6 +369,17 @@ def encode_record(name: str, payload: Any, to: Topics, now: float) -> bytes:
     return encode_json(record, f"event {name!r}")
 
 
+def encode_batch(events: Iterable[Pair], to: Topics, now: float, most: int) -> bytes:
+    """(event, payload) pairs as one event file; nothing for none. Raises EventError."""
+    topics = None if to is None else _checked_topics(to)
+    records = [encode_record(name, payload, topics, now) for name, payload in events]
+    data = records[0] if len(records) == 1 else b"[" + b",\n".join(records) + b"]" if records else b""
+    if len(data) > most:
+        raise EventError(f"{len(data)} bytes in {len(records)} event(s), more than the {most} of max_event_bytes: send"
+                         " less, or a reference to it")
+    return data
+
+
 def make_event(name: Any, payload: Any, to: Topics, now: float, event_id: str = "", source: Any = None,
                queued_at: float | None = None) -> Event:
     """An Event ready to be sent; raises EventError."""
@@ -426,6 +450,9 @@ class EventQueue(Protocol):
     any thread may do. All raise QueueError with a remedy.
     """
 
+    shared: bool  # by other servers, that see the same events in the same order, under the same ids
+    is_new: bool  # among them, and began where they were
+
     def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None: ...
     def open(self) -> None: ...
     def take(self, max_bytes: int = TICK_BYTES) -> list[Event]: ...
@@ -434,6 +461,7 @@ class EventQueue(Protocol):
     def wait(self, timeout: float) -> None: ...
     def wake(self) -> None: ...
     def backlog(self) -> Backlog: ...
+    def recall(self, count: int, size: int) -> tuple[str, list[Event]]: ...  # what was sent last, where it is shared
     def close(self) -> None: ...
 
 
@@ -498,6 +526,15 @@ def event_id(name: str, signature: tuple[int, int, int]) -> str:
 
         stem = quote(os.fsencode(stem), safe="")
     return stem if _UNIQID.search(name) else f"{stem}~{signature[2]:x}"
+
+
+_PLACE = re.compile(r"([0-9]{1,19})-([0-9]{1,19})(?::([0-9]{1,9}))?(?:~.*)?")
+
+
+def place_of(identity: str) -> tuple[float, ...] | None:
+    """Where an event is in a queue that several servers share, by its id: they are in order. None: it is not of one."""
+    match = _PLACE.fullmatch(identity)
+    return (int(match[1]), int(match[2]), int(match[3]) if match[3] else float("inf")) if match else None
 
 
 def _is_ready(name: str) -> bool:
@@ -700,11 +737,22 @@ class _Suspect(NamedTuple):
     unchanged_since: float
 
 
+def without_stale(events: list[Event], max_age: float, now: float) -> list[Event]:
+    """Events that have not waited for too long; 0 is never."""
+    fresh = [event for event in events if event.queued_at >= now - max_age] if max_age else events
+    if len(fresh) < len(events):
+        log.warning("dropped %d event(s) that waited longer than max_age=%g s", len(events) - len(fresh), max_age)
+    return fresh
+
+
 class DirectoryQueue:
     """The queue directory. Options are the settings of the same names; the clocks are there for tests."""
 
-    def __init__(self, path: str, *, poll_interval: float = 0.1, wakeup: bool = True, max_event_bytes: int = MIB,
-                 max_age: float = 0.0, clock: Clock = time.time, monotonic: Clock = time.monotonic) -> None:
+    shared = is_new = False
+
+    def __init__(self, path: str, *, node: str = "", poll_interval: float = 0.1, wakeup: bool = True,
+                 max_event_bytes: int = MIB, max_age: float = 0.0, clock: Clock = time.time,
+                 monotonic: Clock = time.monotonic) -> None:
         self.path = path
         self.max_event_bytes = max_event_bytes
         self._hold = HOLD_TICKS * poll_interval
@@ -717,13 +765,8 @@ class DirectoryQueue:
 
     def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
         """Queue (event, payload) pairs, all or nothing. Raises EventError, or QueueError with the reason."""
-        now, topics = self._clock(), None if to is None else _checked_topics(to)
-        records = [encode_record(name, payload, topics, now) for name, payload in events]
-        data = records[0] if len(records) == 1 else b"[" + b",\n".join(records) + b"]"
-        if len(data) > self.max_event_bytes:
-            raise EventError(f"{len(data)} bytes in {len(records)} event(s), more than the {self.max_event_bytes} of"
-                             " max_event_bytes: send less, or a reference to it")
-        if not records:
+        data = encode_batch(events, to, self._clock(), self.max_event_bytes)
+        if not data:
             return
         try:
             try:
@@ -835,6 +878,9 @@ class DirectoryQueue:
     def retake(self) -> None:
         self._taken.clear()
         self._pending.clear()
+
+    def recall(self, count: int, size: int) -> tuple[str, list[Event]]:
+        return "", []  # that is in history/
 
     def backlog(self) -> Backlog:
         """Of the directory as it is now; any process may ask."""
@@ -985,13 +1031,10 @@ class DirectoryQueue:
             return None
 
     def _drop_stale(self, events: list[Event]) -> list[Event]:
-        limit = self._clock() - self._max_age
-        stale = [event for event in events if event.queued_at < limit]
-        if stale:
-            log.warning("dropped %d event(s) that waited longer than max_age=%g s", len(stale), self._max_age)
-            kept = {event.source for event in events if event.queued_at >= limit}
-            self.done(event for event in stale if event.source not in kept)
-        return [event for event in events if event.queued_at >= limit]
+        fresh = without_stale(events, self._max_age, self._clock())
+        kept = {event.source for event in fresh}
+        self.done(event for event in events if event.source not in kept)
+        return fresh
 
     # Removing.
 
@@ -1050,30 +1093,56 @@ class DirectoryQueue:
 # The producer's calls.
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_ENGINES: dict[str, Callable[..., EventQueue]] = {"": DirectoryQueue}
+_ENGINES: dict[str, Callable[..., Any]] = {"": DirectoryQueue}  # by the URL's scheme; section 11 adds the others
+_PRODUCERS: dict[str, Any] = {}  # queues of this process, by URL: their connections are used again
 
 
 def open_queue(queue: Any, **options: Any) -> EventQueue:
-    """The queue at a directory path; its put() raises, for those who want to know why. Raises QueueError."""
-    if isinstance(queue, DirectoryQueue):
-        return queue
+    """The queue at a directory path or a URL; its put() raises, for those who want to know why. Raises QueueError.
+
+    An open DB-API connection (sqlite3, psycopg) gives a queue whose put() writes in the caller's transaction.
+    """
+    if hasattr(queue, "put"):
+        return queue  # type: ignore[no-any-return]
+    if hasattr(queue, "cursor"):
+        return _ENGINES["(connection)"](queue, **options)  # type: ignore[no-any-return]
     try:
         location = os.fsdecode(queue)
     except TypeError:
-        raise QueueError(f"a queue is a directory path, not {type(queue).__name__}") from None
+        raise QueueError(f"a queue is a directory path or a URL, not {type(queue).__name__}") from None
     if not location or "\0" in location:
         raise QueueError("the queue's path is empty or holds a NUL: give a directory path")
     match = _URL.match(location)
     engine = _ENGINES.get(match.group(1).lower() if match else "")
     if engine is None:
-        raise QueueError(f"no queue of the kind {location[:match.end()] if match else ''}: give a directory path")
-    return engine(location, **options)
+        raise QueueError(f"no queue of the kind {location[:match.end()] if match else ''}: give a directory path, or a"
+                         " URL with sqlite:///, postgresql://, redis:// or amqp://")
+    return engine(location, **options)  # type: ignore[no-any-return]
+
+
+def _kept_queue(queue: Any) -> EventQueue:
+    if not isinstance(queue, str) or not _URL.match(queue):
+        return open_queue(queue)
+    found = _PRODUCERS.get(queue)
+    if found is None:
+        if len(_PRODUCERS) >= MOST_PRODUCERS:
+            close_queues()
+        found = _PRODUCERS.setdefault(queue, open_queue(queue))  # of two threads, both take one
+    return found  # type: ignore[no-any-return]
+
+
+def close_queues() -> None:
+    """Close the connections that queue_event() has kept in this process; its next call opens what it needs."""
+    while _PRODUCERS:
+        with contextlib.suppress(KeyError):  # another thread does it, too
+            _PRODUCERS.popitem()[1].close()
 
 
 def queue_event(queue: Any, event: str, payload: Any = None, *, to: Topics = None, durable: bool = False) -> bool:
     """Queue one event for every connected client, from any process.
 
-    queue: a directory path; made if it is missing. event: a non-empty name. payload: anything JSON holds, and
+    queue: a directory path, made if it is missing; a URL; or an open DB-API connection, whose transaction it then is
+    part of: sent if and only if it commits. event: a non-empty name. payload: anything JSON holds, and
     datetime, date, Decimal, UUID (as text), set (as a list), dataclass (as an object). to: a topic or a list of
     topics; None is everyone. durable: survive a power cut (fsync; milliseconds instead of microseconds).
     Never raises: False means not queued, and the reason is logged at ERROR under "wsqueue".
@@ -1084,7 +1153,7 @@ def queue_event(queue: Any, event: str, payload: Any = None, *, to: Topics = Non
 def queue_events(queue: Any, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> bool:
     """Queue (event, payload) pairs, all or nothing, next to each other. Otherwise as queue_event()."""
     try:
-        open_queue(queue).put(events, to=to, durable=durable)
+        _kept_queue(queue).put(events, to=to, durable=durable)
     except WsqueueError as error:
         log.error("event not queued: %s", error)
         return False
@@ -1572,9 +1641,9 @@ GREETING, ANSWERING, OPEN, CLOSING, LINGERING, CLOSED = range(6)
 class Connection:
     """A connected client, as handlers see it. `user` is its ticket's, or what authenticate() said, or yours to set."""
 
-    __slots__ = ("__weakref__", "_behind_at", "_changed_at", "_encoding", "_head", "_heard_at", "_held", "_host",
-                 "_idle_frames", "_inbox", "_last_frame", "_lock", "_outbox", "_parser", "_pending", "_pinged_at",
-                 "_position", "_progress_at", "_sock", "_state", "address", "path", "user")
+    __slots__ = ("__weakref__", "_awaited", "_behind_at", "_changed_at", "_encoding", "_head", "_heard_at", "_held",
+                 "_host", "_idle_frames", "_inbox", "_last_frame", "_lock", "_outbox", "_parser", "_pending",
+                 "_pinged_at", "_position", "_progress_at", "_sock", "_state", "address", "path", "user")
 
     def __init__(self, sock: socket.socket, address: tuple[Any, ...], host: IOThread) -> None:
         sock.setblocking(False)
@@ -1588,6 +1657,7 @@ class Connection:
         self._encoding = PLAIN
         self._position: int | None = None  # in the history, of what it is to get next; None: what comes is sent to it
         self._held = False  # not yet: its handler may still join topics
+        self._awaited = ""  # the id that it is ahead with
         self._outbox: deque[bytes | memoryview] | None = None  # what the kernel did not take
         self._pending = 0  # bytes in it
         self._parser: FrameParser | None = None  # only while something is half received
@@ -1915,9 +1985,10 @@ class Connection:
         elif self._pending:
             if now - self._progress_at > settings.send_timeout:
                 self.give_up("send_timeout", f"it has taken nothing for {settings.send_timeout:g} s (send_timeout)")
-        elif self._held:
+        elif self._held or self._awaited:
             if since > HELD_SECONDS:
-                self.release()
+                self._held, self._awaited = False, ""
+                self._host.refresh(self)
         elif self.interest():  # else its inbox is full: its pong may be behind what we do not read
             self._keep_alive(now)
 
@@ -2113,6 +2184,11 @@ def audiences_of(events: Sequence[Event], registry: ClientRegistry) -> list[Audi
             for indices, alike in members.items() for encoding, conns in _by_encoding(alike)]
 
 
+_RESET = "~reset"  # ends the id of what stands for entries that were removed
+AHEAD = sys.maxsize    # the position of a client that has seen what this server has yet to send
+LOST = -sys.maxsize     # and of one that has missed what is not kept
+
+
 class History:
     """The last events that were sent, in this order, each under a number.
 
@@ -2122,6 +2198,9 @@ class History:
 
     An event that was sent, and may still be in its queue, is kept beyond the bounds: should we be killed, the next
     server finds it there again, and must know that it has been sent.
+
+    Where servers share a queue, ids are places in it (place_of), in order: a client may come from another server, and
+    be ahead of this one. What is sent past the queue gets the place before it, and is told apart by what follows a "~".
     """
 
     def __init__(self, most_events: int, most_bytes: int, most_seconds: float, clock: Clock = time.time) -> None:
@@ -2134,11 +2213,32 @@ class History:
         self._base = ""  # the id before the oldest, with which a client has missed nothing
         self._epoch = os.urandom(6).hex()  # of this numbering
         self._unsettled: set[Any] = set()  # sources of what may still be in its queue; who sends changes it
+        self.shared = False
+        self._last = ""  # where it is, its last event that came from the queue
+        self.awaiting: set[Any] = set()  # connections that are ahead
 
     @property
     def current(self) -> str:
         """An id for where the history ends; that of the last event would tell everyone the name of its file."""
+        if self.shared:
+            return self._events[-1][1].id if self._events else self._last or f"~{self._epoch}"
         return f"{self._epoch}-{self.end}"
+
+    @property
+    def knows_nothing(self) -> bool:
+        return self.shared and not self._base
+
+    def recall(self, base: str, events: Iterable[Event]) -> None:
+        """Put before all else what was sent before us; `base` is the id before that."""
+        with self.lock:
+            past = list(events)
+            self._base, self._last = base, past[-1].id if past else base
+            for event in reversed(past):
+                self._first -= 1
+                self._numbers[event.id] = self._first
+                self._events.appendleft((min(event.queued_at, self._clock()), event))
+                self._size += event.size
+            self._trim()
 
     @property
     def end(self) -> int:
@@ -2153,7 +2253,10 @@ class History:
         """Events with ids of their own, and the numbers of those that were sent already: not yet added."""
         entered, repeats, ids = [], set(), set()
         for number, event in enumerate(events):
-            if event.source is not None and event.source in self._unsettled:
+            if self.shared and place_of(event.id) is None:
+                event = event._replace(id=f"{self._last}~{event.id}")
+            known = self.shared and event.id in self._numbers
+            if known or (event.source is not None and event.source in self._unsettled):
                 repeats.add(number)
             else:
                 while event.id in self._numbers or event.id in ids:  # a file's name may be used again
@@ -2175,6 +2278,7 @@ class History:
 
     def _append(self, at: float, event: Event) -> None:
         self._numbers[event.id] = self.end
+        self._last = self._last if "~" in event.id else event.id
         self._events.append((at, event))
         if event.source is not None:
             self._unsettled.add(event.source)
@@ -2194,14 +2298,30 @@ class History:
             self._base, self._first, self._size = event.id, self._first + 1, self._size - event.size
 
     def position(self, identity: str) -> int | None:
-        """Where a client goes on that has seen this event last; None: it is not known (any more)."""
+        """Where a client goes on that has seen this event last; None: it is not known (any more). Or AHEAD."""
         self._trim()
         if identity in self._numbers:
             return self._numbers[identity] + 1
+        if self.shared:
+            return self._position_of(place_of(identity))
         epoch, _, number = identity.rpartition("-")
         if epoch == self._epoch and re.fullmatch("[0-9]{1,18}", number) and self._first <= int(number) <= self.end:
             return int(number)
         return self._first if identity == self._base else None
+
+    def _position_of(self, place: tuple[float, ...] | None) -> int | None:
+        base, last = place_of(self._base), place_of(self._last)
+        if place is None or (base and place < base) or (place == base and self._base.endswith(_RESET)):
+            return None
+        if not base or not last or place > last:
+            return AHEAD
+        position = self.end
+        for _, event in reversed(self._events):
+            if "~" not in event.id and (place_of(event.id) or base) <= place:
+                break
+            position -= 1
+        is_known = position > self._first or not self._events or place == base  # else of a queue that was made anew
+        return position if is_known else None
 
     def after(self, position: int, conn: Any, topics: Iterable[str], most: int) -> tuple[list[Event], int] | None:
         """The next events (`most` bytes and one) for a client on the topics, and the position behind them.
@@ -2221,6 +2341,14 @@ class History:
                 events.append(event)
                 size += event.size
         return events, position
+
+    def let_go(self) -> set[Any]:
+        """The connections that were ahead: to be looked at again."""
+        if not self.awaiting:
+            return self.awaiting
+        with self.lock:
+            awaiting, self.awaiting = self.awaiting, set()
+        return awaiting
 
     def kept(self) -> tuple[str, int, str, list[tuple[float, Event]]]:
         """What restore() takes."""
@@ -2694,6 +2822,12 @@ class IOThread:
         history, most = self.history, min(CATCH_UP_BYTES, self.settings.outbox_bytes)
         encoding = conn._encoding._replace(window=0)  # to compress for each client would take too long
         with history.lock:
+            if conn._position == AHEAD:
+                conn._position = history.position(conn._awaited) if conn._awaited else LOST
+                if conn._position == AHEAD:
+                    history.awaiting.add(conn)
+                    return
+                conn._position, conn._awaited = LOST if conn._position is None else conn._position, ""
             found = history.after(conn._position or 0, conn, self.registry.topics(conn), most)
             if found is None:
                 conn._position, current = history.end, history.current
@@ -2710,6 +2844,9 @@ class IOThread:
 
     def _drop(self, conn: Connection) -> None:
         self.registry.discard(conn)
+        if conn._awaited:
+            with self.history.lock:
+                self.history.awaiting.discard(conn)
         self._greeting.pop(conn, None)
         if conn._inbox is not None:
             conn._inbox.close()
@@ -3025,7 +3162,8 @@ def _listen(host: str, port: int) -> Any:
                   "raise the limit (ulimit -n)" if number in _OWN_TROUBLE else
                   "give an address of this machine with host() or --host")
         reason = getattr(error, "strerror", None) or error
-        raise ServerError(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
+        kind = PortInUseError if number == errno.EADDRINUSE else ServerError
+        raise kind(f"cannot listen on {host} port {port}: {reason}; {remedy}") from error
 
 
 class Page(NamedTuple):
@@ -3156,12 +3294,17 @@ class WebSocketServer:
         """
         try:
             self._launch()  # what cannot start has nothing to stop: it may be a server that runs already
-        except QueueInUseError as error:
-            if not background:
+        except WsqueueError as error:
+            if not background or not self._is_served(error):
                 raise
             self._stand_by(error)
         if not background:
             self._serve_until_stopped(ready)
+
+    def _is_served(self, error: Exception) -> bool:
+        """Whether another process serves the queue. Where several may, only the port tells."""
+        shared = self._queue is not None and not isinstance(self._queue, DirectoryQueue)
+        return isinstance(error, QueueInUseError) or (shared and isinstance(error, PortInUseError))
 
     def _serve_until_stopped(self, ready: Callable[[], Any] | None) -> None:
         import signal
@@ -3225,7 +3368,7 @@ class WebSocketServer:
                                                   daemon=True))
 
     def _open_queue(self) -> EventQueue:
-        names = ("poll_interval", "wakeup", "max_event_bytes", "max_age")
+        names = ("node", "poll_interval", "wakeup", "max_event_bytes", "max_age")
         queue = open_queue(self._settings.queue, **{name: getattr(self._settings, name) for name in names})
         queue.open()
         return queue
@@ -3233,6 +3376,7 @@ class WebSocketServer:
     def _open_history(self) -> History:
         settings = self._settings
         self._history = history = History(settings.history_events, settings.history_bytes, settings.history_seconds)
+        history.shared = self._queue is not None and self._queue.shared
         if isinstance(self._queue, DirectoryQueue):
             file = HistoryFile(f"{self._queue.path}/history", history, settings.history_bytes, self._queue.is_ours)
             if settings.history_events:
@@ -3251,11 +3395,12 @@ class WebSocketServer:
             finally:
                 self._sending.release()
 
-    def _stand_by(self, error: QueueInUseError) -> None:
+    def _stand_by(self, error: WsqueueError) -> None:
         with self._lifecycle:
             if self._state in ("running", "standby"):  # another thread was faster
                 return
-            log.info("standing by: process %s serves the queue", error.holder)
+            log.info("standing by: %s", f"process {error.holder} serves the queue" if isinstance(
+                error, QueueInUseError) else error)
             self._state, self._stopping = "standby", threading.Event()
             self._standby = threading.Thread(target=self._await_turn, name="wsqueue-standby", daemon=True)
             self._standby.start()
@@ -3267,9 +3412,9 @@ class WebSocketServer:
                 self._launch()
                 log.info("no longer standing by: serving %s", self.url)
                 return
-            except QueueInUseError:
-                continue
             except Exception as error:
+                if self._is_served(error):
+                    continue
                 if str(error) != trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
                 trouble = str(error)
@@ -3476,7 +3621,7 @@ class WebSocketServer:
             except HandshakeError as error:
                 conn.refuse(error)
 
-    def _resume(self, request: Request, encoding: Encoding) -> tuple[int | None, bytes]:
+    def _resume(self, conn: Connection, request: Request, encoding: Encoding) -> tuple[int | None, bytes]:
         """Where in the history the client is, and what it is told of that."""
         if not encoding.ids:
             return None, b""
@@ -3487,11 +3632,12 @@ class WebSocketServer:
         with history.lock:
             position = history.position(asked) if asked else history.end
             current, up_to_date = history.current, position == history.end
+        conn._awaited = asked if position == AHEAD else ""
         identity = asked if _IDENTITY.fullmatch(asked) else "" if asked else current
         least = self._settings.deflate_min_bytes
         if up_to_date and not self._settings.history_events:  # nothing is kept for it while its handler joins topics
             return None, encoding.message(notice("wsqueue.hello"), identity, least)
-        return -1 if position is None else position, encoding.message(notice("wsqueue.hello"), identity, least)
+        return LOST if position is None else position, encoding.message(notice("wsqueue.hello"), identity, least)
 
     def _admit(self, conn: Connection, request: Request, encoding: Encoding, response: bytes) -> None:
         """Let the client in, and run its route's handler.
@@ -3503,7 +3649,7 @@ class WebSocketServer:
         handler = self._handlers.get(path)
         if handler and path not in self._callbacks:
             conn._inbox = Inbox()
-        position, hello = self._resume(request, encoding)
+        position, hello = self._resume(conn, request, encoding)
         if encoding.stream and self._settings.ping_interval:
             conn.expect_acknowledgements(self._settings.ping_interval + self._settings.ping_timeout)
         topics = [path, *request.topics] + ([] if request.user is None else [f"user:{request.user}"])
@@ -3563,8 +3709,8 @@ class WebSocketServer:
     def trouble(self) -> str:
         """What is wrong with the queue; "" if it is served."""
         silence = time.monotonic() - self._looked_at
-        return f"the queue has not been looked at for {silence:.0f} s" if (
-            self._queue and silence > STALE_SECONDS) else self._trouble
+        return self._trouble or (f"the queue has not been looked at for {silence:.0f} s" if (
+            self._queue and silence > STALE_SECONDS) else "")
 
     # Events: the queue thread, and whoever calls broadcast().
 
@@ -3577,27 +3723,40 @@ class WebSocketServer:
         owed: deque[_Owed] = deque()  # sent, but not taken by all; the oldest first
         stopping = self._stopping  # the next start has another
         while not stopping.is_set():
+            events: list[Event] = []  # taken, and perhaps not sent
             try:
+                if self._history.knows_nothing:
+                    settings = self._settings
+                    self._history.recall(*queue.recall(settings.history_events, settings.history_bytes))
+                    if queue.is_new and len(self.registry):  # they may lack what other servers sent since they came
+                        self.broadcast("wsqueue.reset")
                 events = queue.take()
+                took = bool(events)
                 if events:
                     late = self._fan_out(events)
                     self._pace(late, sum(len(event.text) for event in events) >= TICK_BYTES)
                     owed.append(_Owed(events, late, time.monotonic() + LAG_SECONDS))
+                    events = []
+                for conn in self._history.let_go():
+                    self._io.refresh(conn)
                 while owed and (len(owed) > LAGGING_TICKS or owed[0].is_settled(time.monotonic())):
                     sent = owed.popleft().events
                     queue.done(sent)  # only now: a crash repeats an event, it does not lose it
                     self._history.settle(sent)
                 self._note_backlog(queue)
                 self._expire_history()
+                if self._trouble:
+                    log.info("the queue is served again")
                 self._trouble = ""
-                if events:
+                if took:
                     continue
             except Exception as error:
                 if str(error) != self._trouble:
                     log.error("%s; trying again", error, exc_info=not isinstance(error, (WsqueueError, OSError)))
                 self._trouble = str(error)
-                owed.clear()
-                queue.retake()
+                if events:
+                    owed.clear()
+                    queue.retake()
             queue.wait(self._settings.poll_interval)
         for entry in owed:
             queue.done(entry.events)  # the I/O thread flushes what waits
@@ -3682,12 +3841,15 @@ class _Owed(NamedTuple):
 _SERVERS: weakref.WeakSet[WebSocketServer] = weakref.WeakSet()
 
 
+_BEFORE_FORK: list[Callable[[], None]] = []  # what else is to be done, under the lock
 _SIGNAL_MASK: Any = None  # to be set again after a fork
 
 
 def _before_fork() -> None:
     global _SIGNAL_MASK
     _FORK_LOCK.acquire()
+    for prepare in _BEFORE_FORK:
+        prepare()
     if any(server._replaced_handlers for server in _SERVERS):  # else who is told to end at once would take it for ours
         import signal
 
@@ -3716,6 +3878,1120 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
+# 11 ─ Other event queues ──────────────────────────────────────────────────────────────────────────────────────────
+# In: a URL. Out: the contract of section 5, over what several machines share: SQL, Redis, RabbitMQ. An entry (a row, a
+# stream's entry, a message) holds the bytes of an event file; every server gets every entry, and goes on where its node
+# was. All is the queue thread's, but for what put() uses, which has a lock. A library is imported when its URL is used.
+# Promises: as in section 5; but entries are removed by age and number, seen or not, and clients then told so.
+
+KEEP_EVENTS, KEEP_SECONDS = 100_000, 7 * 86400.0  # where the URL does not say
+PUT_SECONDS = 1.8  # in which put() succeeds or fails: it promises two seconds
+READ_SECONDS = 5.0  # in which the broker answers a server, or is taken for dead
+FAST_FAIL_SECONDS = 1.0  # after a failure, in which put() does not try again: a request must not wait for each event
+RETRY_SECONDS = 5.0  # between two attempts of a server, at most
+SEEN_SECONDS = 10.0  # how often a node says that it is there, and what is too old is removed
+ENTRIES = 1000  # of one read, at most
+CHUNK = 100  # entries in one answer, where only their number can be bounded: each may have 1 MiB
+
+
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]{0,39}")  # of a queue: PostgreSQL's have 63 characters at most
+
+
+class Entry(NamedTuple):
+    """What a file is to the queue directory."""
+
+    place: Any  # in the queue; places are in order
+    id: str
+    stamp: float  # seconds since the epoch
+    data: bytes | None  # None: more than max_event_bytes, and not fetched
+
+
+class Location(NamedTuple):
+    """What a queue's URL says, and what outlives a connection."""
+
+    url: str  # for the library
+    name: str  # of the table, stream or exchange
+    keep_events: int
+    keep_seconds: float
+    node: str
+    most: int  # max_event_bytes
+    memory: SimpleNamespace
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", re.sub(r"://([^:@/]*):.*@", r"://\1:***@", url))
+
+
+def _locate(url: str, node: str, most: int) -> Location:
+    base, _, query = url.partition("?")
+    pairs = [pair for pair in query.split("&") if pair]
+    given = {"queue": "wsqueue", "keep_events": str(KEEP_EVENTS), "keep_seconds": str(KEEP_SECONDS)}
+    rest = "&".join(pair for pair in pairs if pair.partition("=")[0] not in given)
+    given.update((key, value) for key, _, value in (pair.partition("=") for pair in pairs) if key in given)
+    name, node = given["queue"], node or re.sub(r"[^\w.-]", "-", socket.gethostname(), flags=re.ASCII)
+    try:
+        if not _NAME.fullmatch(name):
+            raise ValueError("queue must be a letter and up to 39 letters, digits and underscores")
+        if not re.fullmatch(r"[\w.-]{1,100}", node, re.ASCII):
+            raise ValueError("the node's name must be of letters, digits, dots and dashes")
+        numbers = re.fullmatch(r"(\d{1,9}) (\d{1,7}(?:\.\d*)?)", f"{given['keep_events']} {given['keep_seconds']}")
+        if not numbers or min(float(numbers[1]), float(numbers[2])) < 1 or float(numbers[2]) > 4e6:
+            raise ValueError("keep_events must be from 1 to 999999999, and keep_seconds from 1 to 4000000")
+    except ValueError as error:
+        raise QueueError(f"{_without_password(url)} for node {node!r}: {error}") from None
+    memory = SimpleNamespace(run=os.urandom(4).hex(), is_new=False, count=0, sent={}, directory=os.getcwd())
+    return Location(base + (f"?{rest}" if rest else ""), name, int(numbers[1]), float(numbers[2]), node, most, memory)
+
+
+def _library(module: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = "psycopg[binary]" if module == "psycopg" else module
+        raise QueueError(f'a queue of this kind needs the package {package}: pip install "wsqueue[{extra}]", or'
+                         f' pip install "{package}"') from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line; what follows it are hints for whoever typed the SQL."""
+    return _without_password((str(error).strip() or repr(error)).splitlines()[0].rstrip("."))
+
+
+def id_of(place: tuple[int, int]) -> str:
+    return f"{place[0]}-{place[1]}"
+
+
+class Link:
+    """One connection to a broker: it knows the broker's language, and nothing else.
+
+    append() adds an entry; attach() makes it a node's, and returns the place to go on at; read() returns the entries
+    behind a place; save() remembers a place; tidy() removes what is too old, or too much; listen() waits until there
+    may be more; what set_aside() and backlog() do is in section 5. All end by the deadline, and raise one of `errors`,
+    or QueueError.
+    """
+
+    errors: ClassVar[tuple[type[Exception], ...]] = ()  # the library's; load() imports it, and checks the URL
+    shared = True  # all nodes see the same entries in the same order, under the same ids
+    grace = 0.0  # seconds, for which save() may fail before somebody is told
+    guard: ClassVar[Any] = contextlib.nullcontext()  # held while it is used
+
+    def __init__(self, location: Location, patience: float) -> None:
+        self.location, self.patience = location, patience
+        self.limit(patience)
+
+    def limit(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def complaint(self) -> str:
+        """What keeps entries from being read, though nothing has failed."""
+        return ""
+
+    def is_alive(self) -> bool:
+        """Whether append() has a chance, as far as this side knows."""
+        return True
+
+    def has_lost(self, place: Any) -> bool:
+        """Whether entries right behind the place were removed."""
+        return False
+
+    def past(self, place: Any) -> list[Entry]:
+        """Up to CHUNK entries before the place, the last first."""
+        return []
+
+    def removed(self) -> Any:
+        """Up to which place there are no entries any more; None: nobody knows."""
+        return None
+
+
+_NO_FORK = threading.RLock()  # held while a library is loaded, and while SQLite is used; inside of a queue's lock
+_ORPHANS: list[Any] = []  # links of the process that we were forked from
+_BROKER_QUEUES: weakref.WeakSet[BrokerQueue] = weakref.WeakSet()
+
+
+class BrokerQueue:
+    """A queue at a URL. Options are the settings of the same names."""
+
+    def __init__(self, link: Any, url: str, *, node: str = "", poll_interval: float = 0.1,
+                 wakeup: bool = True, max_event_bytes: int = MIB, max_age: float = 0.0) -> None:
+        self.path = _without_password(url)
+        self._link = link
+        self._location = _locate(url, node, max_event_bytes)
+        self.max_event_bytes, self._wakeup, self._max_age = max_event_bytes, wakeup, max_age
+        try:
+            with _NO_FORK:  # a child of another thread would wait for the import for ever
+                _library("encodings.idna", "")  # which the first connection needs
+                self._link.load(self._location)
+        except QueueError:
+            raise
+        except Exception:  # what the library says may quote a part of the password
+            raise QueueError(f"{self.path} is not a URL that its library understands: look at its parameters, and write"
+                             " what is special in user and password as %XX") from None
+        self.shared = self._link.shared
+        self._reader: Any = None
+        self._writer: Any = None
+        self.forget()
+        with _NO_FORK:  # which looks at them all
+            _BROKER_QUEUES.add(self)
+
+    def forget(self) -> None:
+        """As if never used; also in a forked child, where to close a link would end the parent's."""
+        _ORPHANS.extend(link for link in (self._reader, self._writer) if link)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards the next three
+        self._writer = None
+        self._refused, self._refused_at = "", 0.0
+        self._woken = threading.Event()
+        self._reader = None
+        self._place: Any = None  # behind what take() has returned
+        self._last: Any = None  # behind the last event that it has returned: what follows that has none
+        self._done: Any = None  # behind what is done
+        self._saved: Any = None  # what the broker knows of that
+        self._failures, self._trouble, self._unsaved = 0, "", ""
+        self._retry_at = self._tidy_at = self._save_at = self._unsaved_at = 0.0  # monotonic
+
+    # Producers: any thread.
+
+    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
+        """Queue (event, payload) pairs, all or nothing. Raises EventError, or QueueError with the reason."""
+        data = encode_batch(events, to, time.time(), self.max_event_bytes)
+        if not data:
+            return
+        started = time.monotonic()
+        if not self._lock.acquire(timeout=PUT_SECONDS / 2):
+            raise QueueError(f"queue {self.path} is slow, and other threads wait for it, too")
+        try:
+            if time.monotonic() < self._refused_at + FAST_FAIL_SECONDS and self._refused:
+                raise QueueError(self._refused)
+            with self._link.guard:
+                self._append(data, durable, started + PUT_SECONDS)
+        finally:
+            self._lock.release()
+
+    def _append(self, data: bytes, durable: bool, deadline: float) -> None:
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            if self._writer:
+                self._writer.limit(left)
+            if self._writer is None or not self._writer.is_alive():
+                self._writer = _drop(self._writer)
+                self._writer = self._link(self._location, left)
+            self._writer.append(data, durable)
+            self._refused = ""
+        except BaseException as error:  # also Ctrl-C: an answer may be on its way
+            self._writer = _drop(self._writer)
+            if not isinstance(error, (QueueError, *self._link.errors)):
+                raise
+            self._refused = f"cannot write to queue {self.path}: {_reason(error)}"
+            self._refused_at = time.monotonic()
+            raise QueueError(self._refused) from error
+
+    # The consumer.
+
+    def open(self) -> None:
+        """It connects with the first take(): a broker that is not there must not keep a server from its clients."""
+        self.close()
+
+    def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
+        with self._reading() as link:
+            self._save(link)
+            entries = link.read(self._place, max_bytes)
+            events = []
+            if entries and link.has_lost(self._place):
+                log.warning("entries of %s were removed before this node had sent them (keep_events, keep_seconds):"
+                            " clients are told to start anew", self.path)
+                events.append(make_event("wsqueue.reset", None, None, time.time(), f"{id_of(self._place)}{_RESET}"))
+            for entry in entries:
+                events += self._parse(link, entry)
+            complaint = self._unsaved or link.complaint()
+        if entries:
+            self._place = entries[-1].place
+            if not self.shared:
+                self._remember(entries)
+        elif complaint:
+            raise QueueError(f"queue {self.path}: {complaint}")
+        events = without_stale(events, self._max_age, time.time())
+        self._last = max([event.source for event in events if event.source is not None], default=self._last)
+        self.done(())
+        return events
+
+    def _remember(self, entries: Iterable[Entry]) -> None:
+        """What the broker delivers again, should the link break now."""
+        sent = self._location.memory.sent
+        sent.update(dict.fromkeys((entry.id, hash(entry.data)) for entry in entries))
+        for identity in list(itertools.islice(sent, max(0, len(sent) - 4 * ENTRIES))):
+            del sent[identity]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        if time.monotonic() < self._retry_at:
+            raise QueueError(self._trouble)
+        with self._link.guard, self._linked() as link:
+            yield link
+
+    @contextlib.contextmanager
+    def _linked(self) -> Iterator[Any]:
+        try:
+            if self._reader is None:
+                self._reader = self._link(self._location, READ_SECONDS)
+                self._place = self._reader.attach(self._place)
+                if self._done is None or self._place < self._done:
+                    self._done = self._saved = self._last = self._place
+            self._reader.limit(READ_SECONDS)
+            yield self._reader
+        except (QueueError, *self._link.errors) as error:
+            self._reader = _drop(self._reader)
+            pause = min(RETRY_SECONDS, 0.1 * 2 ** min(self._failures, 6)) * (0.5 + os.urandom(1)[0] / 512)
+            self._failures, self._retry_at = self._failures + 1, time.monotonic() + pause
+            self._trouble = f"cannot read queue {self.path}: {_reason(error)}"
+            raise QueueError(self._trouble) from error
+        self._failures = 0
+
+    def _save(self, link: Any) -> None:
+        """What goes wrong here must not keep events from clients."""
+        now = time.monotonic()
+        if now < self._save_at or (self._done == self._saved and now < self._tidy_at):
+            return
+        try:
+            link.save(self._done)
+            self._saved = self._done
+            if now >= self._tidy_at:
+                link.tidy()
+                self._tidy_at = now + SEEN_SECONDS
+            self._unsaved, self._save_at, self._unsaved_at = "", 0.0, 0.0
+        except self._link.errors as error:
+            self._save_at, self._unsaved_at = time.monotonic() + 1.0, self._unsaved_at or now
+            if now - self._unsaved_at >= link.grace:
+                self._unsaved = _reason(error)
+
+    def _parse(self, link: Any, entry: Entry) -> list[Event]:
+        try:
+            if entry.data == b"":
+                raise EventError("it is empty: there is no data")
+            if entry.data is None or len(entry.data) > self.max_event_bytes:
+                raise EventError(f"more than the {self.max_event_bytes} bytes of max_event_bytes")
+            return parse_events(entry.data, entry.id, entry.stamp, entry.place)
+        except (ValueError, ArithmeticError) as error:  # EventError, or a number that nobody thought of
+            log.error("entry %s of %s is not an event: %s. It is set aside", entry.id, self.path, error)
+            link.set_aside(entry, str(error))
+            return []
+
+    @property
+    def is_new(self) -> bool:
+        return bool(self._location.memory.is_new)
+
+    def recall(self, count: int, size: int) -> tuple[str, list[Event]]:
+        """What was sent before the first take(), so many events or bytes, or some more; and the id before it."""
+        past: list[Event] = []
+        with self._reading() as link:
+            base, place = None, (self._place[0], self._place[1] + 1)
+            while len(past) < count and sum(event.size for event in past) < size:
+                entries = link.past(place)
+                if not entries:
+                    base = link.removed()
+                    break
+                for entry in entries:
+                    place = entry.place
+                    with contextlib.suppress(ValueError, ArithmeticError):
+                        past += reversed(parse_events(entry.data or b"", entry.id, entry.stamp))
+        if base is None:  # nobody knows whether there was something before the oldest
+            base = min(place, self._place)
+            past = [event for event in past if (place_of(event.id) or ())[:2] > base]
+        past.reverse()
+        return id_of(base), past
+
+    def done(self, events: Iterable[Event]) -> None:
+        self._done = max([event.source for event in events if event.source is not None], default=self._done)
+        if self._done == self._last:  # what follows has no events
+            self._done = self._last = self._place
+
+    def retake(self) -> None:
+        self._location.memory.sent.clear()
+        self._place = self._last = self._done
+        if not self.shared and self._reader:  # the broker delivers again what it was not told of
+            with contextlib.suppress(QueueError, *self._link.errors):
+                self._reader.limit(1.0)
+                self._reader.save(self._done)
+            self._reader = _drop(self._reader)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._woken.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0 or self._listen(left):
+                break
+        self._woken.clear()
+
+    def _listen(self, seconds: float) -> bool:
+        """Slices, because wake() is not heard meanwhile."""
+        link = self._reader
+        if link is None or not self._wakeup or not hasattr(link, "listen"):
+            return self._woken.wait(seconds)
+        try:
+            link.limit(READ_SECONDS)
+            return bool(link.listen(self._place, min(seconds, 0.1)))
+        except (QueueError, *self._link.errors):
+            self._reader = _drop(link)  # take() will say what it is
+            return True
+
+    def backlog(self) -> Backlog:
+        return self._look(lambda link: link.backlog(self._place))  # type: ignore[no-any-return]
+
+    def nodes(self) -> list[tuple[str, float]]:
+        """The servers of this queue, and how many seconds ago each was last there."""
+        return self._look(lambda link: link.nodes())  # type: ignore[no-any-return]
+
+    def _look(self, ask: Callable[[Any], Any]) -> Any:
+        """Also from outside of a server."""
+        if self._reader:
+            with self._reading() as link:
+                return ask(link)
+        link = None
+        with self._link.guard:
+            try:
+                link = self._link(self._location, READ_SECONDS)
+                return ask(link)
+            except (QueueError, *self._link.errors) as error:
+                raise QueueError(f"cannot read queue {self.path}: {_reason(error)}") from error
+            finally:
+                _drop(link)
+
+    def close(self) -> None:
+        if self._pid != os.getpid():
+            self.forget()
+        with self._link.guard:
+            reader, self._reader = self._reader, None
+            if reader:
+                with contextlib.suppress(QueueError, *self._link.errors):
+                    reader.limit(1.0)
+                    reader.save(self._done)
+            _drop(reader)
+        if self._lock.acquire(timeout=PUT_SECONDS):
+            with self._link.guard:
+                self._writer = _drop(self._writer)
+            self._lock.release()
+
+
+def _drop(link: Any) -> Any:
+    """Returns None, to be put in its place."""
+    if link is not None:
+        with contextlib.suppress(Exception):  # it may be half open, or half closed
+            link.close()
+
+
+def _close_before_fork() -> None:
+    """What SQLite knows of its locks would be wrong in a child (sqlite.org/howtocorrupt.html, section 2.6)."""
+    _NO_FORK.acquire()
+    for queue in list(_BROKER_QUEUES):
+        if queue._link.guard is _NO_FORK:
+            queue._reader, queue._writer = _drop(queue._reader), _drop(queue._writer)
+
+
+def _forget_links() -> None:
+    _NO_FORK.release()
+    for queue in list(_BROKER_QUEUES):
+        queue.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    _BEFORE_FORK.append(_close_before_fork)
+    os.register_at_fork(after_in_parent=_NO_FORK.release, after_in_child=_forget_links)
+
+
+# SQL. A place is (xid, id). In PostgreSQL xid is the transaction's number: ids are taken in one order and committed in
+# another, so a node reads only what is below the oldest transaction that still runs, and nothing can appear before it.
+# In SQLite, with its one writer, xid is when the table was made: a new file has other ids than the one it replaces.
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS {t} (xid BIGINT NOT NULL DEFAULT {xid}, id {serial}, queued_at DOUBLE PRECISION NOT"
+    " NULL DEFAULT ({now}), data TEXT NOT NULL)",
+    "CREATE UNIQUE INDEX IF NOT EXISTS {t_place} ON {t} (xid, id)",
+    "CREATE TABLE IF NOT EXISTS {t_nodes} (node TEXT PRIMARY KEY, xid BIGINT NOT NULL, id BIGINT NOT NULL, seen_at"
+    " DOUBLE PRECISION NOT NULL)",  # the row with the empty name says up to where entries were removed
+    "CREATE TABLE IF NOT EXISTS {t_failed} (place TEXT PRIMARY KEY, reason TEXT NOT NULL, data TEXT NOT NULL, failed_at"
+    " DOUBLE PRECISION NOT NULL)",
+)
+
+
+class _SqlLink(Link):
+    """What SQLite and PostgreSQL have in common, which is most."""
+
+    words: ClassVar[dict[str, str]]  # of the dialect
+    mark = "?"
+
+    def __init__(self, location: Location, patience: float) -> None:
+        super().__init__(location, patience)
+        self._held, self._held_at = 0, 0.0  # how often a row was not to be sent yet, and since when (monotonic)
+        ends = ("", "_nodes", "_failed", "_place", "_notify")
+        self._words = {**self.words, **{f"t{end}": f'"{location.name}{end}"' for end in ends}}
+        self._connection = self._connect()
+
+    def _connect(self) -> Any:
+        raise NotImplementedError
+
+    def _run(self, statement: str, *values: Any) -> Any:
+        return self._connection.execute(statement.format(**self._words).replace("?", self.mark), values)
+
+    def append(self, data: bytes, durable: bool) -> None:
+        self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data))
+
+    def attach(self, place: Any) -> Any:
+        if place is None:
+            return self._cursor()
+        newest = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1").fetchone() or self.removed()
+        return min(newest, place)  # an older copy may have been restored
+
+    def _cursor(self) -> Any:
+        """The node's; of one that is new, that of the furthest."""
+        found = self._run("SELECT xid, id, node FROM {t_nodes} WHERE node <> '' ORDER BY node = ? DESC, xid DESC, id"
+                          " DESC LIMIT 1", self.location.node).fetchone()
+        *place, node = found or (0, 0, "")
+        self.location.memory.is_new = node not in ("", self.location.node)
+        return tuple(place)
+
+    def read(self, place: Any, max_bytes: int) -> list[Entry]:
+        entries, size, held, self._held = [], 0, self._held, 0
+        for *row, settled in self._rows(place, max_bytes):
+            if not settled:
+                self._held, self._held_at = held + 1, self._held_at if held else time.monotonic()
+            if not settled or size >= max_bytes:
+                break
+            entries.append(_row_entry(*row))
+            size += len(entries[-1].data or b"")
+        return entries
+
+    def _rows(self, place: Any, max_bytes: int) -> Any:
+        return self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN data END, 1 FROM {t} WHERE (xid, id) >"
+                         " (?, ?) ORDER BY xid, id LIMIT ?", self.location.most, *place, ENTRIES)
+
+    def has_lost(self, place: Any) -> bool:
+        return bool(self.removed() > place)
+
+    def removed(self) -> Any:
+        return self._run("SELECT xid, id FROM {t_nodes} WHERE node = ''").fetchone() or (0, 0)
+
+    def past(self, place: Any) -> list[Entry]:
+        rows = self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN data END FROM {t} WHERE (xid, id) <"
+                         " (?, ?) ORDER BY xid DESC, id DESC LIMIT ?", self.location.most, *place, CHUNK)
+        return [_row_entry(*row) for row in rows.fetchall()]
+
+    def save(self, place: Any) -> None:
+        self._note(self.location.node, place)
+
+    def _note(self, node: str, place: Any) -> None:
+        """Of what was removed, the furthest: two nodes may remove at the same time. A node itself may go back."""
+        self._run("INSERT INTO {t_nodes} (node, xid, id, seen_at) VALUES (?, ?, ?, {now}) ON CONFLICT (node) DO UPDATE"
+                  " SET xid = excluded.xid, id = excluded.id, seen_at = excluded.seen_at WHERE excluded.node <> '' OR"
+                  " (excluded.xid, excluded.id) > ({t_nodes}.xid, {t_nodes}.id)", node, *place)
+
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        self._run("INSERT INTO {t_failed} (place, reason, data, failed_at) SELECT ?, ?, data, {now} FROM {t} WHERE xid"
+                  " = ? AND id = ? ON CONFLICT DO NOTHING", entry.id, reason, *entry.place)
+
+    def tidy(self) -> None:
+        """Entries go in their order: up to one place all are gone, and behind it none. The clock is the broker's."""
+        location = self.location
+        too_many = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1 OFFSET ?",
+                             location.keep_events)
+        too_old = self._run("SELECT xid, id FROM {t} WHERE (xid, id) < (SELECT xid, id FROM {t} WHERE queued_at >="
+                            " {now} - ? ORDER BY xid, id LIMIT 1) ORDER BY xid DESC, id DESC LIMIT 1",
+                            location.keep_seconds)
+        place = max(too_many.fetchone() or (0, 0), too_old.fetchone() or (0, 0))
+        if place > self.removed():
+            self._note("", place)  # first: who reads meanwhile must not take it for whole
+            self._run("DELETE FROM {t} WHERE (xid, id) <= (?, ?)", *place)
+        self._run("DELETE FROM {t_nodes} WHERE seen_at < {now} - ? AND node <> ''", location.keep_seconds)
+        self._run("DELETE FROM {t_failed} WHERE failed_at < {now} - ? OR failed_at < (SELECT failed_at FROM {t_failed}"
+                  " ORDER BY failed_at DESC LIMIT 1 OFFSET ?)", FAILED_SECONDS, FAILED_FILES)
+
+    def backlog(self, place: Any) -> Backlog:
+        place = place or self._cursor()
+        waiting = self._run("SELECT count(*) FROM {t} WHERE (xid, id) > (?, ?)", *place).fetchone()[0]
+        first = self._run("SELECT {now} - queued_at FROM {t} WHERE (xid, id) > (?, ?) ORDER BY xid, id LIMIT 1", *place)
+        failed = self._run("SELECT count(*) FROM {t_failed}").fetchone()[0]
+        failures = self._run("SELECT place, reason FROM {t_failed} ORDER BY failed_at DESC LIMIT ?", MONITOR_FAILURES)
+        return Backlog(waiting, max(0.0, _finite((first.fetchone() or (0.0,))[0], 0.0)), failed,
+                       [{"name": name, "reason": reason[:KIB]} for name, reason in failures.fetchall()])
+
+    def nodes(self) -> list[tuple[str, float]]:
+        return list(self._run("SELECT node, {now} - seen_at FROM {t_nodes} WHERE node <> '' ORDER BY node").fetchall())
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _row_entry(xid: int, number: int, stamp: float, data: Any) -> Entry:
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    return Entry((xid, number), id_of((xid, number)), _finite(stamp, time.time()), raw)
+
+
+def _finite(value: Any, default: float) -> float:
+    """A column holds what somebody has put there: infinity, or a text."""
+    return float(value) if isinstance(value, (int, float)) and value - value == 0 else default
+
+
+class _SqliteLink(_SqlLink):
+    """sqlite:///file. Nothing would wake a server: the poll is all."""
+
+    grace = 10.0  # for its one writer may be another
+    guard = _NO_FORK
+    words: ClassVar = {
+        "serial": "INTEGER PRIMARY KEY AUTOINCREMENT", "size": "length(CAST(data AS BLOB))",
+        "now": "(julianday('now') - 2440587.5) * 86400.0"}
+
+    @classmethod
+    def load(cls, location: Location) -> None:
+        import sqlite3
+
+        cls.errors = (OSError, sqlite3.Error)
+        if not cls._path(location) or "?" in location.url or location.url.endswith("/:memory:"):
+            raise QueueError("the URL of an SQLite file has three slashes and a path: sqlite:///events.db, or four and"
+                             " an absolute one: sqlite:////var/lib/events.db; and no parameters but queue, keep_events"
+                             " and keep_seconds")
+
+    @staticmethod
+    def _path(location: Location) -> str:
+        from urllib.parse import unquote
+
+        path = unquote(location.url[len("sqlite:///"):]) if location.url[:10].lower() == "sqlite:///" else ""
+        return path and os.path.join(location.memory.directory, path)
+
+    def _connect(self) -> Any:
+        import sqlite3
+
+        path = self._path(self.location)
+        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+        self._words["xid"] = str(int(time.time() * 1e6))
+        # A writer waits for another one. A server has to send meanwhile, and can save its place later.
+        patience = min(self.patience, 0.25 if self.patience == READ_SECONDS else 1.5)
+        connection = sqlite3.connect(path, patience, isolation_level=None, check_same_thread=False)
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # a bad row must not hide the rest
+        self._connection = connection
+        try:
+            while not self._is_prepared():
+                time.sleep(0.005)
+            self._status = os.stat(path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _is_prepared(self) -> bool:
+        """SQLite waits for a lock, but not for one that it needs to begin with the WAL."""
+        try:
+            for statement in ("PRAGMA journal_mode = WAL", *_SCHEMA):
+                self._run(statement)
+            return True
+        except self.errors as error:
+            if "locked" not in str(error) or time.monotonic() >= self.deadline:
+                raise
+            return False
+
+    def is_alive(self) -> bool:
+        """Files are removed and replaced while a process has them open; what goes there would be lost."""
+        return _is_at(self._path(self.location), self._status)
+
+    def read(self, place: Any, max_bytes: int) -> list[Entry]:
+        if not self.is_alive():
+            raise QueueError("its file was removed or replaced")
+        return super().read(place, max_bytes)
+
+    def append(self, data: bytes, durable: bool) -> None:
+        self._run(f"PRAGMA busy_timeout = {int((self.deadline - time.monotonic()) * 1000)}")
+        self._run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")  # the latter may forget it in a power cut
+        super().append(data, durable)
+
+
+def _is_readable(fd: int, seconds: float = 0.0) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _wait_patiently(connection: Any, generator: Any, *_: Any, **__: Any) -> Any:
+    """In place of psycopg's Connection.wait(), which would wait for an answer for ever."""
+    try:
+        wanted = next(generator)
+        while True:
+            poll = select.poll()
+            poll.register(connection.fileno(), select.POLLIN * (wanted & 1) | select.POLLOUT * (wanted >> 1 & 1))
+            found = poll.poll(max(0.0, connection.link.deadline - time.monotonic()) * 1000)
+            if not found:
+                raise QueueError("it does not answer")
+            ready = (found[0][1] != select.POLLOUT) | (found[0][1] != select.POLLIN) << 1  # an error is for both
+            wanted = generator.send(type(wanted)(wanted & ready))
+    except StopIteration as end:
+        return end.value
+
+
+_TRIGGER = (
+    "CREATE OR REPLACE FUNCTION {t_notify}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM"
+    " pg_notify(TG_TABLE_NAME, ''); RETURN NULL; END$$",
+    "DROP TRIGGER IF EXISTS {t_notify} ON {t}",
+    "CREATE TRIGGER {t_notify} AFTER INSERT ON {t} FOR EACH STATEMENT EXECUTE FUNCTION {t_notify}()",
+)
+
+
+class _PostgresLink(_SqlLink):
+    """postgresql://, with psycopg 3. A trigger sends the NOTIFY, so that a plain INSERT does, too."""
+
+    mark = "%s"
+    words: ClassVar = {
+        "xid": "(pg_current_xact_id()::text::bigint)", "serial": "BIGINT GENERATED BY DEFAULT AS IDENTITY",
+        "size": "octet_length(data)", "now": "extract(epoch FROM clock_timestamp())",
+        "oldest": "pg_snapshot_xmin(pg_current_snapshot())::text::bigint",
+        "unborn": "pg_snapshot_xmax(pg_current_snapshot())::text::bigint"}
+
+    @classmethod
+    def load(cls, location: Location) -> None:
+        psycopg = _library("psycopg", "postgres")
+        psycopg.conninfo.conninfo_to_dict(location.url)
+        cls.errors = (OSError, psycopg.Error)
+
+    def _connect(self) -> Any:
+        psycopg = _library("psycopg", "postgres")
+        kind: Any = type("Patient", (psycopg.Connection,), {"wait": _wait_patiently, "link": self})
+        try:
+            connection = kind.connect(self.location.url, autocommit=True, connect_timeout=2, client_encoding="UTF8",
+                                      row_factory=psycopg.rows.tuple_row)
+        except self.errors as error:
+            error.__traceback__ = None  # else its frames keep what is half connected
+            raise QueueError(_reason(error)) from error
+        self._connection, self._notified = connection, False
+        connection.add_notify_handler(self._hear)
+        try:
+            tables = [self._words[name] for name in ("t", "t_nodes", "t_failed")]
+            if None in self._run("SELECT to_regclass(?), to_regclass(?), to_regclass(?)", *tables).fetchone():
+                with connection.transaction():
+                    self._run("SELECT pg_advisory_xact_lock(8081)")
+                    for statement in (*_SCHEMA, *_TRIGGER):
+                        self._run(statement)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _hear(self, notification: Any) -> None:
+        self._notified = True
+
+    def is_alive(self) -> bool:
+        return not self._connection.closed and not _is_readable(self._connection.fileno())
+
+    def attach(self, place: Any) -> Any:
+        self._run("SET lock_timeout = 1000")  # whose table somebody locks is still sent what can be read
+        self._run("LISTEN {t}")
+        with self._connection.transaction():  # what was restored into another cluster has numbers from its future
+            self._run("UPDATE {t} SET xid = 0 WHERE xid >= {unborn}")
+            self._run("UPDATE {t_nodes} SET xid = 0 WHERE xid >= {unborn}")
+        return super().attach(place)
+
+    def _rows(self, place: Any, max_bytes: int) -> Any:
+        return self._run(
+            "SELECT xid, id, queued_at, CASE WHEN size <= ? THEN data END, xid < {oldest} FROM (SELECT *, sum(size)"
+            " OVER (ORDER BY xid, id) - size AS before FROM (SELECT *, {size} AS size FROM {t} WHERE (xid, id) >"
+            " (?, ?) ORDER BY xid, id LIMIT ?) AS next) AS few WHERE before < ? ORDER BY xid, id",
+            self.location.most, *place, ENTRIES, max_bytes)
+
+    def complaint(self) -> str:
+        if not self._held or time.monotonic() - self._held_at < 10.0:
+            return ""
+        return ("events wait for a transaction that has written something and is open for more than 10 s: see"
+                " pg_prepared_xacts, and SELECT * FROM pg_stat_activity WHERE backend_xid IS NOT NULL")
+
+    def listen(self, place: Any, seconds: float) -> bool:
+        """Nobody says when the transaction has ended that holds the others up: it is most often a short one."""
+        soon = 0 < self._held < 20
+        seconds = min(seconds, 0.005) if soon else seconds
+        if not self._notified and _is_readable(self._connection.fileno(), seconds):
+            self._connection.pgconn.consume_input()
+            while self._connection.pgconn.notifies():
+                self._notified = True
+        heard, self._notified = self._notified or soon, False
+        return heard
+
+
+class OutboxQueue:
+    """put() into the caller's own transaction, on an open DB-API connection to SQLite or PostgreSQL: psycopg's, or
+    whichever has a cursor() that takes %s."""
+
+    def __init__(self, connection: Any, *, name: str = "wsqueue", max_event_bytes: int = MIB, **_: Any) -> None:
+        self._connection, self._table, self._max_event_bytes = connection, f'"{name}"', max_event_bytes
+        if not _NAME.fullmatch(name):
+            raise QueueError(f"a queue's name is a letter and up to 39 letters, digits and underscores, not {name!r}")
+        if "Async" in type(connection).__name__:
+            raise QueueError(f"{type(connection).__name__} is not a synchronous connection: nothing would be sent")
+
+    def put(self, events: Iterable[Pair], *, to: Topics = None, durable: bool = False) -> None:
+        """Sent if and only if the caller commits. Raises EventError; QueueError, and the transaction goes on."""
+        data = encode_batch(events, to, time.time(), self._max_event_bytes)
+        if not data:
+            return
+        try:
+            with contextlib.closing(self._connection.cursor()) as cursor:
+                self._insert(cursor, _in_ascii(data))
+        except Exception as error:  # of a library that only the caller knows
+            raise QueueError(f"cannot queue in the caller's transaction: {_reason(error)}. A server, or `wsqueue status"
+                             " --queue URL`, makes the table") from error
+
+    def _insert(self, cursor: Any, text: str) -> None:
+        statement, sqlite = f"INSERT INTO {self._table} (data) VALUES (%s)", sys.modules.get("sqlite3")  # noqa: S608
+        if sqlite and isinstance(cursor, sqlite.Cursor):
+            cursor.execute(statement.replace("%s", "?"), (text,))
+        elif getattr(self._connection, "vendor", "") == "sqlite":  # Django's
+            cursor.execute(statement, (text,))
+        else:
+            self._insert_into_postgres(cursor, statement, text)
+
+    def _insert_into_postgres(self, cursor: Any, statement: str, text: str) -> None:
+        """What fails breaks the transaction. So look first; and, where there is one, make a savepoint."""
+        cursor.execute("SELECT 1 WHERE has_column_privilege(to_regclass(%s), 'data', 'INSERT') AND"
+                       " current_setting('transaction_read_only') = 'off'", (self._table,))
+        if cursor.fetchone() is None:
+            raise QueueError(f"there is no table {self._table}, or no right to INSERT into it")
+        status = getattr(getattr(self._connection, "info", None), "transaction_status", 0)
+        before, after, undo = (f"{verb} SAVEPOINT wsqueue".strip() for verb in ("", "RELEASE", "ROLLBACK TO"))
+        if status != 2:  # psycopg's INTRANS
+            cursor.execute(statement, (text,))
+            return
+        cursor.execute(before)
+        try:
+            cursor.execute(statement, (text,))
+        except Exception:
+            cursor.execute(undo)
+            raise
+        cursor.execute(after)
+
+
+def _in_ascii(data: bytes) -> str:
+    """For a connection, or a database, of any encoding: in JSON, such characters stand in strings alone."""
+    return re.sub(r"[^\x00-\x7f]+", lambda match: json.dumps(match[0])[1:-1], data.decode())
+
+
+class _RedisLink(Link):
+    """redis://: a stream. Not Pub/Sub, which forgets what nobody hears. A place is (milliseconds, number)."""
+
+    @classmethod
+    def load(cls, location: Location) -> None:
+        redis = _library("redis", "redis")
+        cls.errors = (OSError, redis.RedisError)
+        cls(location, PUT_SECONDS)._redis.connection_pool.make_connection()  # which does not connect yet
+
+    def __init__(self, location: Location, patience: float) -> None:
+        super().__init__(location, patience)
+        self._key = location.name
+        self._ahead: float | None = None  # seconds, of the broker's clock to ours
+        self._chunk = 10  # entries, as many as are likely to be wanted: nobody knows their size before
+        redis, seconds = _library("redis", "redis"), max(patience, PUT_SECONDS) / 5  # for each of up to five answers
+        retry = _library("redis.retry", "redis").Retry(_library("redis.backoff", "redis").NoBackoff(), 0)
+        names = ("driver_info",) if hasattr(redis, "DriverInfo") else ("lib_name", "lib_version")  # not to be told
+        pool = redis.ConnectionPool.from_url(location.url)
+        pool.connection_kwargs.update(dict.fromkeys(names), socket_connect_timeout=seconds, socket_timeout=seconds,
+                                      retry=retry, decode_responses=False)  # whatever the URL says
+        self._redis = redis.Redis(connection_pool=pool)
+
+    def append(self, data: bytes, durable: bool) -> None:
+        self._redis.xadd(self._key, {"data": data}, maxlen=self.location.keep_events, approximate=True)
+
+    def _info(self) -> tuple[tuple[int, int], int, int]:
+        """The last place, how many entries there are, and how many there have ever been (Redis 7; before it, 0)."""
+        if not self._redis.exists(self._key):
+            return (0, 0), 0, 0
+        info = self._redis.xinfo_stream(self._key)
+        return _redis_place(info["last-generated-id"]), info["length"], info.get("entries-added", 0)
+
+    def attach(self, place: Any) -> Any:
+        last, length, added = self._info()
+        if place is None:
+            place, count = self._cursor()
+            self.location.memory.count = added - length if place == (0, 0) else count
+        return min(place, last)  # a replica that took over may end before what was read
+
+    def _cursor(self) -> tuple[Any, int]:
+        """Of the node, or of the furthest one: the place, and how many entries have ever been up to it."""
+        found = self._notes()
+        self.location.memory.is_new = bool(found) and self.location.node not in found
+        place, count, _ = found.get(self.location.node) or max(found.values(), default=((0, 0), 0, 0.0))
+        return place, count
+
+    def _notes(self) -> dict[str, tuple[Any, int, float]]:
+        notes = {}
+        for node, value in self._redis.hgetall(f"{self._key}:nodes").items():
+            with contextlib.suppress(ValueError):  # anyone may write there
+                place, count, seen_at = value.split()
+                notes[node.decode()] = _redis_place(place), int(count), float(seen_at)
+        return notes
+
+    def read(self, place: Any, max_bytes: int) -> list[Entry]:
+        entries: list[Entry] = []
+        size, chunk, more = 0, self._chunk, True
+        while more and size < max_bytes:
+            found = self._redis.xrange(self._key, min=f"({id_of(place)}", count=chunk)
+            for entry in itertools.starmap(self._entry, found):
+                if size < max_bytes:
+                    entries.append(entry)
+                    place, size = entry.place, size + len(entry.data or b"")
+            more = len(found) == chunk and len(entries) < ENTRIES
+            chunk = self._chunk = max(1, min(CHUNK, 2 * chunk, max_bytes * len(entries) // (size + 1)))
+        self.location.memory.count += len(entries)
+        return entries
+
+    def _entry(self, identity: bytes, fields: dict[bytes, bytes]) -> Entry:
+        place = _redis_place(identity)
+        return Entry(place, id_of(place), place[0] / 1000, fields.get(b"data", b""))
+
+    def has_lost(self, place: Any) -> bool:
+        if place == (0, 0):
+            _, length, added = self._info()
+            return added > length
+        return not self._redis.xrange(self._key, id_of(place), id_of(place))
+
+    def removed(self) -> Any:
+        _, length, added = self._info()
+        return (0, 0) if 0 < added == length else None
+
+    def past(self, place: Any) -> list[Entry]:
+        found = self._redis.xrevrange(self._key, f"({id_of(place)}", count=CHUNK)
+        return [self._entry(*pair) for pair in found]
+
+    def save(self, place: Any) -> None:
+        self._redis.hset(f"{self._key}:nodes", self.location.node,
+                         f"{id_of(place)} {self.location.memory.count} {self._clock():.3f}")
+
+    def _clock(self) -> float:
+        """The broker's: nodes must not remove what is old by their own."""
+        if self._ahead is None:
+            seconds, micros = self._redis.time()
+            self._ahead = seconds + micros / 1e6 - time.time()
+        return time.time() + self._ahead
+
+    def listen(self, place: Any, seconds: float) -> bool:
+        return bool(self._redis.xread({self._key: id_of(place)}, count=1, block=max(1, int(seconds * 1000))))
+
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        found = self._redis.xrange(self._key, entry.id, entry.id)
+        try:
+            self._redis.xadd(f"{self._key}:failed", {**(found[0][1] if found else {}), b"reason": reason.encode(
+                "utf-8", "replace")}, id=entry.id, maxlen=FAILED_FILES)
+        except self.errors as error:
+            if "equal or smaller" not in str(error):  # another node was faster
+                raise
+
+    def tidy(self) -> None:
+        oldest, last = self._clock() - self.location.keep_seconds, self._info()[0]
+        self._redis.xtrim(self._key, maxlen=self.location.keep_events)
+        self._redis.xtrim(self._key, minid=min(int(oldest * 1000), last[0]))  # but for the last, where nodes are
+        for node, (_, _, seen_at) in self._notes().items():
+            if seen_at < oldest:
+                self._redis.hdel(f"{self._key}:nodes", node)
+
+    def backlog(self, place: Any) -> Backlog:
+        last, length, added = self._info()
+        count = self.location.memory.count
+        if place is None:
+            place, count = self._cursor()
+        if place >= last:
+            count = self.location.memory.count = added
+        waiting = 0 if place >= last else max(1, min(length, added - count if added else length))
+        first = self._redis.xrange(self._key, f"({id_of(place)}", count=1) if waiting else []
+        failed = self._redis.xlen(f"{self._key}:failed")
+        failures = self._redis.xrevrange(f"{self._key}:failed", count=MONITOR_FAILURES) if failed else []
+        oldest = max(0.0, self._clock() - _redis_place(first[0][0])[0] / 1000) if first else 0.0
+        return Backlog(waiting, oldest, failed, [
+            {"name": identity.decode(), "reason": fields.get(b"reason", b"").decode("utf-8", "replace")[:KIB]}
+            for identity, fields in failures])
+
+    def nodes(self) -> list[tuple[str, float]]:
+        return [(node, self._clock() - seen_at) for node, (_, _, seen_at) in sorted(self._notes().items())]
+
+    def close(self) -> None:
+        self._redis.connection_pool.disconnect()
+
+
+def _redis_place(identity: bytes | str) -> tuple[int, int]:
+    text = identity.decode() if isinstance(identity, bytes) else identity
+    match = re.fullmatch("([0-9]{1,20})-([0-9]{1,20})", text)
+    if not match or max(int(match[1]), int(match[2])) >= 1 << 64:
+        raise ValueError(f"{text!r} is no place in a stream")
+    return int(match[1]), int(match[2])
+
+
+class _AmqpLink(Link):
+    """amqp://: a fan-out exchange, and a durable queue for each node. A place is (link, delivery tag).
+
+    Two queues may hold the messages of two producers in different orders: no place is good on two nodes.
+    """
+
+    shared = False
+
+    @classmethod
+    def load(cls, location: Location) -> None:
+        pika = _library("pika", "rabbitmq")
+        workflow = _library("pika.adapters.utils.connection_workflow", "rabbitmq")
+        cls.errors = (OSError, pika.exceptions.AMQPError, workflow.AMQPConnectorException)
+        pika.URLParameters(location.url)
+
+    def __init__(self, location: Location, patience: float) -> None:
+        super().__init__(location, patience)
+        self._pika = pika = _library("pika", "rabbitmq")
+        self._serial, self._acked, self._confirms = time.monotonic_ns(), 0, False
+        self._messages: deque[Entry] = deque()
+        self._has_lost = False
+        self._queue, self._failed = f"{location.name}.{location.node}", f"{location.name}:failed"
+        parameters = pika.URLParameters(location.url)
+        parameters.connection_attempts, parameters.stack_timeout, parameters.socket_timeout = 1, patience, patience
+        parameters.heartbeat = 5 if patience >= READ_SECONDS else 0  # who only sends does not look at it in between
+        self._connection = type("Patient", (pika.BlockingConnection,), {
+            "_flush_output": _flush_patiently, "link": self})(parameters)
+        try:
+            self._channel = self._connection.channel()
+            self._channel.exchange_declare(location.name, "fanout", durable=True)
+        except BaseException:
+            _drop(self)
+            raise
+
+    def append(self, data: bytes, durable: bool) -> None:
+        if not self._confirms:
+            self._channel.confirm_delivery()
+            self._confirms = True
+        try:
+            self._channel.basic_publish(self.location.name, "", data, self._pika.BasicProperties(
+                delivery_mode=2, content_type="application/json", message_id=_NAMES.next()[:-len(".json")]),
+                mandatory=True)
+        except self._pika.exceptions.UnroutableError:
+            raise QueueError("no server has ever served it, and RabbitMQ would drop the event: start one, and events"
+                             " are kept from then on") from None
+
+    def is_alive(self) -> bool:
+        with contextlib.suppress(*self.errors):
+            self._connection.process_data_events()
+            return bool(self._channel.is_open)
+        return False
+
+    def attach(self, place: Any) -> Any:
+        milliseconds, lost = int(self.location.keep_seconds * 1000), f"{self._queue}:lost"
+        self._channel.queue_declare(self._failed, durable=True, arguments={"x-max-length": FAILED_FILES})
+        self._channel.queue_declare(lost, durable=True, arguments={
+            "x-max-length": 1, "x-expires": int(FAILED_SECONDS * 1000)})
+        try:  # what is dropped goes there: so we know
+            self._channel.queue_declare(self._queue, durable=True, arguments={
+                "x-max-length": self.location.keep_events, "x-message-ttl": milliseconds, "x-expires": milliseconds,
+                "x-dead-letter-exchange": "", "x-dead-letter-routing-key": lost})
+        except self._pika.exceptions.ChannelClosedByBroker as error:
+            log.warning("%s keeps the bounds that it was made with: %s", self._queue, _reason(error))
+            self._channel = self._connection.channel()
+            self._channel.queue_declare(self._queue, passive=True)
+        self._channel.queue_bind(self._queue, self.location.name)
+        self._channel.basic_qos(prefetch_count=ENTRIES)
+        self._channel.basic_consume(lost, self._note_loss, auto_ack=True)
+        try:
+            self._channel.basic_consume(self._queue, self._receive, exclusive=True)
+        except self._pika.exceptions.ChannelClosedByBroker as error:
+            raise QueueError(f"{_reason(error)}; another server is the node {self.location.node}: give each a name of"
+                             " its own (node, --node)") from error
+        return self._serial, 0
+
+    def _note_loss(self, *_: Any) -> None:
+        self._has_lost = True
+
+    def has_lost(self, place: Any) -> bool:
+        known, self._has_lost = self._has_lost, False
+        return known
+
+    def _receive(self, _: Any, delivery: Any, properties: Any, body: bytes) -> None:
+        given = properties.message_id if isinstance(properties.message_id, str) else ""  # else of no UTF-8
+        name = given if _IDENTITY.fullmatch(given) and len(given) <= 200 else _NAMES.next()[:-len(".json")]
+        identity = f"{name}~{self.location.memory.run}"  # good for this run of this node
+        if delivery.redelivered and (identity, hash(body)) in self.location.memory.sent:
+            self._channel.basic_ack(delivery.delivery_tag)
+        else:
+            self._messages.append(Entry((self._serial, delivery.delivery_tag), identity, time.time(), body))
+
+    def read(self, place: Any, max_bytes: int) -> list[Entry]:
+        known = -1
+        while known < len(self._messages) < ENTRIES:
+            known = len(self._messages)
+            self._connection.process_data_events()
+        entries, size = [], 0
+        while self._messages and size < max_bytes:
+            entries.append(self._messages.popleft())
+            size += len(entries[-1].data or b"")
+        return entries
+
+    def save(self, place: Any) -> None:
+        serial, tag = place
+        if serial == self._serial and tag > self._acked:  # else of a link that broke: they come again
+            self._channel.basic_ack(tag, multiple=True)
+            self._acked = tag
+
+    def tidy(self) -> None:
+        """The broker does it."""
+
+    def listen(self, place: Any, seconds: float) -> bool:
+        self._connection.process_data_events(seconds)
+        return bool(self._messages)
+
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        self._channel.basic_publish("", self._failed, entry.data or b"", self._pika.BasicProperties(
+            delivery_mode=2, headers={"reason": reason[:KIB]}))
+
+    def backlog(self, place: Any) -> Backlog:
+        self._connection.process_data_events()
+        waiting = self._declared(self._queue).message_count + len(self._messages)  # another's are not counted
+        oldest = time.time() - self._messages[0].stamp if self._messages else 0.0
+        return Backlog(waiting, oldest, self._declared(self._failed).message_count)
+
+    def _declared(self, queue: str) -> Any:
+        """Asked on a channel of its own, which the broker closes where there is no such queue."""
+        try:
+            with self._connection.channel() as channel:
+                return channel.queue_declare(queue, passive=True).method
+        except self._pika.exceptions.ChannelClosedByBroker:
+            return SimpleNamespace(message_count=0, consumer_count=0)
+
+    def nodes(self) -> list[tuple[str, float]]:
+        """The one that is asked for: RabbitMQ has no list of the others."""
+        return [(self.location.node, 0.0)] if self._declared(self._queue).consumer_count else []
+
+    def close(self) -> None:
+        """Politely, where there is time for it; else pika lets go of the socket once it is told that it is gone."""
+        transport = self._connection._impl._transport
+        is_late = time.monotonic() >= self.deadline
+        self.limit(0.5)
+        try:
+            if not is_late:
+                self._connection.close()
+        finally:
+            with contextlib.suppress(Exception):  # which it will raise, because it is
+                if self._connection.is_open and transport:
+                    transport.abort()
+                    self._connection._flush_output(lambda: False)
+            self._connection._impl.ioloop.close()
+
+
+def _flush_patiently(connection: Any, *waiters: Any) -> None:
+    """pika's BlockingConnection._flush_output(), in which all of it waits, and for an answer would for ever."""
+    def give_up() -> None:
+        raise QueueError("it does not answer")
+
+    timer = connection._impl.ioloop.call_later(max(0.0, connection.link.deadline - time.monotonic()), give_up)
+    try:
+        super(type(connection), connection)._flush_output(*waiters)
+    finally:
+        connection._impl.ioloop.remove_timeout(timer)
+
+
+_ENGINES.update({
+    scheme: functools.partial(BrokerQueue, link)
+    for link, schemes in ((_SqliteLink, "sqlite"), (_PostgresLink, "postgresql postgres"),
+                          (_RedisLink, "redis rediss unix"), (_AmqpLink, "amqp amqps"))
+    for scheme in schemes.split()})
+_ENGINES["(connection)"] = OutboxQueue
+
+
 # 12 ─ The browser's side ──────────────────────────────────────────────────────────────────────────────────────────
 # Pages on the server's port: the JavaScript client, which anyone may fetch, and those for monitoring. They are made on
 # the I/O thread (or the accept thread) and wait for nothing, but for the one that queues an event, which has a thread.
@@ -3723,9 +4999,9 @@ if hasattr(os, "register_at_fork"):
 # Names and types of the metrics; the text format is that of Prometheus, version 0.0.4.
 _METRICS = {
     "clients": ("gauge", "Clients that are connected, by WebSocket or as event streams."),
-    "backlog_events": ("gauge", "Event files that wait in the queue."),
+    "backlog_events": ("gauge", "Event files, or entries, that wait in the queue."),
     "backlog_oldest_seconds": ("gauge", "Age of the oldest of them."),
-    "failed_files": ("gauge", "Files that were set aside in failed/."),
+    "failed_files": ("gauge", "Files, or entries, that were set aside because they are no events."),
     "events_total": ("counter", "Events that were sent."),
     "deliveries_total": ("counter", "Events that were sent, times the clients that each was sent to."),
     "connections_total": ("counter", "Clients that have connected."),
@@ -3771,6 +5047,7 @@ def _monitor_json(server: WebSocketServer, request: Request) -> bytes:
         **_health(server), "topics": server.registry.sizes(MONITOR_TOPICS),
         "streams": sum(conn._encoding.stream for conn in everyone), "events_total": totals["events_total"],
         "deliveries_total": totals["deliveries_total"], "failures": server._backlog.failures, "version": __version__,
+        "things": ["entry", "entries"] if isinstance(server._queue, BrokerQueue) else ["file", "files"],
         "uptime_seconds": round(time.monotonic() - server._started_at, 1)})
 
 
@@ -4051,18 +5328,19 @@ function draw(rate) { // null: not known
   put({ rate: latest.length ? number(mean, mean < 100 ? 1 : 0) : "\u2013" });
   return peak;
 }
-function show({ clients, streams, topics, backlog, failed, failures, ...facts }) {
+function show({ clients, streams, topics, backlog, failed, failures, things, ...facts }) {
   const now = performance.now(), total = facts.events_total, deliveries = facts.deliveries_total;
   const peak = draw(before && total >= before.total ? (total - before.total) * 1000 / (now - before.now) : null);
   before = { now, total };
   answered = clock();
   say(facts.trouble ? "Trouble" : "OK", facts.trouble
-    || (backlog ? `${many(backlog, "file")} still to be sent.` : "All that was queued has been sent."));
+    || (backlog ? `${many(backlog, ...things)} still to be sent.` : "All that was queued has been sent."));
   put({ about: `${facts.version} on ${location.host}, up ${lasted(facts.uptime_seconds)}`, clients: number(clients),
     "clients-more": streams ? `${many(streams, "event stream")} among them` : "", backlog: number(backlog),
     "rate-more": `peak ${number(peak)}; ${many(total, "event")}, ${many(deliveries, "delivery", "deliveries")} in all`,
-    "backlog-more": backlog ? `files, the oldest for ${lasted(facts.oldest_seconds)}` : "files", failed: number(failed),
-    "failed-more": failed > failures.length ? `files; the newest ${failures.length} below` : "files",
+    "backlog-more": backlog ? `${things[1]}, the oldest for ${lasted(facts.oldest_seconds)}` : things[1],
+    failed: number(failed),
+    "failed-more": failed > failures.length ? `${things[1]}; the newest ${failures.length} below` : things[1],
     "topics-more": Object.keys(topics).length ? "clients on each" : "no client is on any" });
   $("failed-part").className = failed ? "bad" : "";
   $("failures-part").hidden = !failures.length;
@@ -4154,6 +5432,7 @@ def _parser() -> Any:
     status = command("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
     for each in (send, status):
         _add_option(each, _BY_NAME["queue"])
+    _add_option(status, _BY_NAME["node"])
     ticket = command("ticket", help="print a ticket to connect with; its secret is that of the server")
     ticket.add_argument("--user", metavar="ID", help="who connects with it; gets events to the topic user:ID")
     ticket.add_argument("--topic", action="append", default=[], metavar="TOPIC", help="may be repeated")
@@ -4192,7 +5471,8 @@ def _add_option(parser: Any, setting: Setting) -> None:
         parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                             help=f"Turn off: {setting.meaning}")
     else:
-        metavar = setting.unit if "|" in setting.unit else setting.unit.upper()  # the former are words to be typed
+        # With a "|" they are words to be typed.
+        metavar = setting.unit if "|" in setting.unit else setting.unit.upper().replace(" OR ", "|")
         parser.add_argument(option, type=convert, default=None if default in ("", ()) and not named else default,
                             action="append" if kind is tuple else "store", metavar=metavar, help=text)
 
@@ -4204,6 +5484,7 @@ def _serve(options: Any) -> int:
     given = {name: value for name, value in vars(options).items() if name in _BY_NAME and value is not None}
     if not given["queue"]:
         raise SettingError("the name of the queue directory is empty: give --queue DIR")
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # our own line says what went wrong, once
     given["secret"] = _secrets_of_environment()
     server = WebSocketServer(**given)
     _raise_descriptor_limit()
@@ -4212,7 +5493,7 @@ def _serve(options: Any) -> int:
         for number in server._replaced_handlers:  # we end with it: a second Ctrl-C on the way out is no news
             server._replaced_handlers[number] = signal.SIG_IGN
         print(f"listening on {server.url}", flush=True)
-        log.info("queue directory %s; stop with Ctrl-C", os.path.abspath(given["queue"]))
+        log.info("queue %s; stop with Ctrl-C", _shown_queue(given["queue"]))
 
     server.start(ready=ready)
     return 0
@@ -4246,18 +5527,37 @@ def _send(options: Any) -> int:
         payload = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"the payload is not JSON ({error}); text needs its quotes: '\"hello\"'") from None
-    open_queue(options.queue).put([(options.event, payload)], to=options.to, durable=options.durable)
+    with contextlib.closing(open_queue(options.queue)) as queue:
+        queue.put([(options.event, payload)], to=options.to, durable=options.durable)
     return 0
 
 
+def _warn_of_password(queue: str, arguments: Sequence[str]) -> None:
+    if _without_password(queue) != queue and any(queue in argument for argument in arguments):
+        print("wsqueue: every user of this machine can see the password in --queue (ps): put the URL into the variable"
+              " WS_QUEUE_PATH", file=sys.stderr)
+
+
+def _shown_queue(queue: str) -> str:
+    return _without_password(queue) if _URL.match(queue) else f"directory {os.path.abspath(queue)}"
+
+
 def _status(options: Any) -> int:
-    backlog = open_queue(options.queue).backlog()
-    pid = serving_process(options.queue)
-    print(f"queue    {os.path.abspath(options.queue)}")
-    print(f"server   {f'process {pid}' if pid else 'none: start one with wsqueue serve'}")
+    node = {"node": options.node} if options.node else {}
+    queue = open_queue(options.queue, **node)
+    backlog = queue.backlog()
+    if isinstance(queue, BrokerQueue):
+        servers = [f"node {name}, there {age:.0f} s ago" for name, age in queue.nodes() if age < 3 * SEEN_SECONDS]
+    else:
+        pid = serving_process(options.queue)
+        servers = [f"process {pid}"] if pid else []
+    print(f"queue    {_shown_queue(options.queue).replace('directory ', '', 1)}")
+    for server in servers or ["none: start one with wsqueue serve"]:
+        print(f"server   {server}")
     print(f"backlog  {backlog.waiting}" + (f", the oldest waits for {backlog.oldest:.1f} s" if backlog.waiting else ""))
-    print(f"failed   {backlog.failed}" + (", see failed/*.reason" if backlog.failed else ""))
-    return 0 if pid else 1
+    hint = ", see failed/*.reason" if backlog.failed and isinstance(queue, DirectoryQueue) else ""
+    print(f"failed   {backlog.failed}{hint}")
+    return 0 if servers else 1
 
 
 def _listen_command(options: Any) -> int:
@@ -4361,6 +5661,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = _parser().parse_args(arguments)
+            _warn_of_password(getattr(options, "queue", ""), arguments)
             return _COMMANDS[options.command](options)
         finally:
             sys.stdout.flush()  # here, and not at the interpreter's exit, a reader that has left is no trouble

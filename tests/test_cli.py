@@ -348,7 +348,7 @@ def test_a_queue_that_is_a_file_is_refused():
 
 def test_a_queue_of_another_kind_is_refused():
     """A URL is not taken for a directory name."""
-    assert "redis://" in complaint(run_cli("serve", "--port", "0", "--queue", "redis://localhost"), 1)
+    assert "gopher://" in complaint(run_cli("serve", "--port", "0", "--queue", "gopher://localhost"), 1)
     assert os.listdir(".") == []
 
 

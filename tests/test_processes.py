@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 
@@ -42,7 +42,7 @@ from test_server import (
     start_burst,
     stopping,
 )
-from wsqueue import ServerError, WebSocketServer, queue_event, serving_process
+from wsqueue import ServerError, WebSocketServer, open_queue, queue_event, serving_process
 
 
 @pytest.fixture
@@ -227,6 +227,31 @@ def test_a_port_that_is_taken_is_waited_for(directory, caplog):
             takes_over(server)
             assert port_of(server) == port
     assert len(errors_of(caplog)) == 1 and str(port) in errors_of(caplog)[0]
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_where_several_may_serve_a_queue_the_port_says_who_does(tmp_path, caplog):
+    """A queue at a URL has no lock: the workers of a preforking server stand by for the port, and take over."""
+    caplog.set_level(logging.INFO)
+    queue = f"sqlite:///{tmp_path}/queue.db"
+    with serving(queue=queue) as first:
+        with second(queue, port_of(first)) as server:
+            assert not server.is_running()
+            assert "standing by: cannot listen on" in caplog.text
+            first.stop()
+            takes_over(server)
+            with RawClient(server.url) as client, closing(open_queue(queue)) as producer:
+                producer.put([("e", 1)])
+                assert client.payloads(1) == [1]
+    assert errors_of(caplog) == []
+
+
+@pytest.mark.parametrize("queue", [{}, {"queue": "directory"}], ids=["no queue", "a directory"])
+def test_else_a_port_that_is_taken_is_an_error(tmp_path, queue):
+    """Also in the background: nobody would ever make room."""
+    queue = {name: str(tmp_path / value) for name, value in queue.items()}
+    with serving() as first, pytest.raises(ServerError, match=r"port \d+"):
+        WebSocketServer(port=port_of(first), **queue).start(background=True)
 
 
 EMBEDDED = """
