@@ -14,11 +14,13 @@
     python tests/bench.py stall       what 20 clients that stop reading do to the 480 others
     python tests/bench.py flood       what one hostile client does to 100 others
     python tests/bench.py resume      1,000 clients that come back at once, each for 1,000 events that it missed
+    python tests/bench.py queues      directory, SQLite, PostgreSQL, Redis and RabbitMQ side by side
     python tests/bench.py all         every one of them
 
 `--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
 the like replace the sizes in SIZES. Needs websockets and websocket-server from PyPI, and a C compiler for the
-load client (bench_load.c), which runs in its own process and counts messages without looking at them.
+load client (bench_load.c), which runs in its own process and counts messages without looking at them. `queues` starts
+brokers of its own, and needs what the tests need for them (see tests/run).
 Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
 comes twice or out of order, or a client that reads is disconnected, the run ends with an error instead of figures.
 """
@@ -50,7 +52,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +73,7 @@ SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
     "stall": {"clients": (500, 10), "stalled": (20, 2), "seconds": (10, 2), "rounds": (5, 1)},
     "flood": {"clients": (100, 10), "silent": (2_000, 50), "seconds": (5, 1), "rounds": (5, 1)},
     "resume": {"clients": (1_000, 20), "events": (1_000, 50), "rounds": (5, 1)},
+    "queues": {"events": (100, 4), "backlog": (20_000, 200), "batches": (50, 2), "rounds": (5, 1)},
 }
 Events = List[Tuple[str, Dict[str, Any]]]
 Span = Tuple[int, int]  # start and end, nanoseconds
@@ -289,11 +292,11 @@ def run_side(name: str) -> None:
 class Child:
     """A process that answers the lines it is sent. Every wait has a deadline."""
 
-    def __init__(self, *command: Any) -> None:
+    def __init__(self, *command: Any, **popen: Any) -> None:
         words = [str(word) for word in command]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 -- end() closes it; shown where the process fails
         self.process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.log)
+                                        stderr=self.log, **popen)
         self.name, self.pid, self.unread = " ".join(words[-3:]), self.process.pid, b""
 
     def read_line(self, timeout: float = 60) -> List[str]:
@@ -339,8 +342,8 @@ class Child:
 class Server(Child):
     """A side, listening."""
 
-    def __init__(self, label: str, *command: Any) -> None:
-        super().__init__(sys.executable, *command)
+    def __init__(self, label: str, *command: Any, **popen: Any) -> None:
+        super().__init__(sys.executable, *command, **popen)
         self.label = label
         try:
             self.port = int(self.read_line()[-1].rpartition(":")[2])
@@ -449,6 +452,7 @@ class Run:
         self.clients, self.events = sizes.get("clients", 0), sizes.get("events", 0)
         self.rounds, self.seconds = sizes.get("rounds", 1), sizes.get("seconds", 0)
         self.stalled, self.silent = sizes.get("stalled", 0), sizes.get("silent", 0)
+        self.backlog, self.batches = sizes.get("backlog", 0), sizes.get("batches", 0)
         self.children: List[Child] = []
         self.numbers = itertools.count()
         self.directory = Path(tempfile.mkdtemp(prefix="wsqueue-bench-"))
@@ -1190,10 +1194,207 @@ def flood(run: Run) -> None:
     print_table("it sends | p50 | p99 | worst p99 | ÷ nothing | frames/s | closed", rows)
 
 
+# ---- queues ----------------------------------------------------------------------------------------------
+# Each kind of queue is filled in its own way, which is also what a producer in another language does.
+
+
+def fill_directory(url: str, events: Events) -> None:
+    from wsqueue import queue_event
+    for event, payload in events:
+        queue_event(url, event, payload)
+
+
+def split_url(url: str) -> Tuple[str, str]:
+    """The server's address, and the name of the queue there."""
+    address, _, name = url.partition("?queue=")
+    return address, name
+
+
+def fill_sqlite(url: str, events: Events) -> None:
+    import sqlite3
+    path, name = split_url(url[len("sqlite:///"):])
+    with contextlib.closing(sqlite3.connect(path, timeout=0.1)) as connection, connection:
+        connection.executemany(f"INSERT INTO {name} (data) VALUES (?)", [(text_of(*event),) for event in events])
+
+
+def fill_postgresql(url: str, events: Events) -> None:
+    import psycopg
+    address, name = split_url(url)
+    with psycopg.connect(address) as connection, connection.cursor() as cursor:
+        cursor.executemany(f"INSERT INTO {name} (data) VALUES (%s)", [(text_of(*event),) for event in events])
+
+
+def fill_redis(url: str, events: Events) -> None:
+    import redis
+    address, name = split_url(url)
+    with redis.Redis.from_url(address) as client, client.pipeline(transaction=False) as pipeline:
+        for event in events:
+            pipeline.xadd(name, {"data": text_of(*event)})
+        pipeline.execute()
+
+
+def fill_rabbitmq(url: str, events: Events) -> None:
+    import pika
+    address, name = split_url(url)
+    connection = pika.BlockingConnection(pika.URLParameters(address))
+    channel = connection.channel()
+    for number, event in enumerate(events):
+        properties = pika.BasicProperties(delivery_mode=2, message_id=f"{now()}-{number}")
+        channel.basic_publish(name, "", text_of(*event).encode(), properties)
+    connection.close()  # answered once all of them are where they belong
+
+
+class Kind(NamedTuple):
+    """A kind of queue."""
+
+    label: str
+    new_url: Callable[[], str]
+    fill: Callable[[str, Events], None]
+    most: float  # milliseconds until a client has an event, the median
+    least: int  # events a second, of many that wait
+
+
+@contextlib.contextmanager
+def kinds(run: Run) -> Iterator[List[Kind]]:
+    """All of them, with the brokers that they need."""
+    from brokers import postgres_server, rabbitmq_server, redis_server
+    with contextlib.ExitStack() as stack:
+        postgresql, redis, rabbitmq = [stack.enter_context(server(run.new_directory()))
+                                       for server in (postgres_server, redis_server, rabbitmq_server)]
+        yield [
+            Kind("directory", lambda: str(run.new_directory()), fill_directory, 0.7, 10_000),
+            Kind("SQLite", lambda: f"sqlite:///{run.new_directory()}/db?queue=events", fill_sqlite, 110, 10_000),
+            Kind("PostgreSQL", postgresql.queue_url, fill_postgresql, 3, 10_000),
+            Kind("Redis", redis.queue_url, fill_redis, 1.5, 10_000),
+            Kind("RabbitMQ", rabbitmq.queue_url, fill_rabbitmq, 3, 0),
+        ]
+
+
+class QueueServer(Server):
+    """`wsqueue.py serve`, broadcasting what is in a queue."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.url = kind, kind.new_url()
+        environment = {**os.environ, "WS_QUEUE_PATH": self.url, "WS_NODE": "bench"}
+        super().__init__(kind.label, ROOT / "wsqueue.py", "serve", "--host", "127.0.0.1", "--port", 0, env=environment)
+
+    def broadcast(self, count: int, size: int = 200) -> Span:
+        """Start the clock when all of them are in the queue."""
+        self._fill_unnoticed(make_events(count, size))
+        start = now()
+        self.process.send_signal(signal.SIGCONT)
+        return start, now()
+
+    def _fill_unnoticed(self, events: Events) -> None:
+        import sqlite3
+        for _ in range(100):
+            self.process.send_signal(signal.SIGSTOP)
+            try:
+                return self.kind.fill(self.url, events)
+            except sqlite3.OperationalError:  # it was stopped while it held the lock
+                self.process.send_signal(signal.SIGCONT)
+                pause()
+        raise Wrong("the server holds SQLite's lock all the time")
+
+
+def put_one_by_one(url: str, events: Events) -> Iterator[Span]:
+    """Queue events; yield when each call began and returned."""
+    from wsqueue import queue_event
+    for event, payload in events:
+        pause()
+        start = now()
+        if not queue_event(url, event, payload):
+            raise Wrong(f"{url.partition(':')[0]}: queue_event returned False")
+        yield start, now()
+
+
+def take_all(queue: Any, count: int) -> List[Any]:
+    taken: List[Any] = []
+    deadline = time.monotonic() + 60
+    while len(taken) < count:
+        events = queue.take()
+        queue.done(events)
+        taken += events
+        if not events:
+            queue.wait(0.1)
+        if time.monotonic() > deadline:
+            raise Wrong(f"{len(taken)} of {count} events taken within a minute")
+    return taken
+
+
+def time_queue(run: Run, kind: Kind) -> Tuple[int, int]:
+    """Taking all that waits; and queueing in batches of 100. Nobody serves meanwhile."""
+    from wsqueue import open_queue, queue_events
+    url, options = kind.new_url(), {} if kind.label == "directory" else {"node": "bench"}
+    with contextlib.closing(open_queue(url, **options)) as queue:
+        queue.open()
+        queue.take()  # makes what the fillers write to
+        kind.fill(url, make_events(run.backlog, 200))
+        start = now()
+        taken = take_all(queue, run.backlog)
+        took = now() - start
+        if [json.loads(event.text)["payload"]["n"] for event in taken] != list(range(run.backlog)):
+            raise Wrong(f"{kind.label}: what was taken is not what was queued, in its order")
+        batch, start = make_events(100, 200), now()
+        if not all(queue_events(url, batch) for _ in range(run.batches)):
+            raise Wrong(f"{kind.label}: queue_events returned False")
+        return took, now() - start
+
+
+def time_sends(run: Run, server: QueueServer, load: Load) -> Tuple[List[int], List[int]]:
+    """From queue_event until the client has the event; and how long the calls took."""
+    load.expect(run.events, every=True)
+    spans = list(put_one_by_one(server.url, make_events(run.events, 200)))
+    times = load.finish()
+    return [came - start for (start, _), came in zip(spans, times)], [end - start for start, end in spans]
+
+
+def time_backlog(run: Run, server: QueueServer, load: Load) -> int:
+    """From a full queue to one client."""
+    load.expect(run.backlog)
+    start, _ = server.broadcast(run.backlog)
+    return max(load.finish()) - start
+
+
+def queues(run: Run) -> None:
+    with kinds(run) as all_kinds:
+        servers = [run.keep(QueueServer(kind)) for kind in all_kinds]
+        loads = [run.audience(server, 1) for server in servers]
+        for server, load in zip(servers, loads):
+            check_order(server, load, run.events)
+        sends: Dict[str, List[Any]] = {kind.label: [] for kind in all_kinds}
+        drains: Dict[str, List[Any]] = {kind.label: [] for kind in all_kinds}
+        # First all of one, then all of the other: a directory is slower for a while after many files went.
+        for _, (server, load) in itertools.product(range(run.rounds), zip(servers, loads)):
+            sends[server.label].append(time_sends(run, server, load))
+        for _, (server, load) in itertools.product(range(run.rounds), zip(servers, loads)):
+            drains[server.label].append((time_backlog(run, server, load), *time_queue(run, server.kind)))
+        for server in servers:
+            server.end()
+    rows = [row_of(run, kind, sends[kind.label], drains[kind.label]) for kind in all_kinds]
+    print(f"{run.rounds} rounds. {run.rounds * run.events} times from `queue_event` in one process until a client of"
+          f" `wsqueue serve`\nhas the event, 2 to 12 ms apart; {run.backlog} events of 200 bytes that wait, each an"
+          f" entry of its own, until they\nare taken, or one client has them; {run.batches} batches of 100 events."
+          " Redis with appendfsync always, PostgreSQL with fsync.")
+    print_table("queue | to client, ms | p99 | `queue_event`, µs | p99 | taken/s | to one client/s | batched/s", rows)
+
+
+def row_of(run: Run, kind: Kind, sends: List[Any], drains: List[Any]) -> List[str]:
+    waits, calls = ([value for values in column for value in values] for column in zip(*sends))
+    sent, took, batched = zip(*drains)
+    rates = [run.backlog * 1e9 / statistics.median(took), run.backlog * 1e9 / statistics.median(sent),
+             100 * run.batches * 1e9 / statistics.median(batched)]
+    wanted = f"≤ {kind.most} ms" + (f", ≥ {kind.least}/s" if kind.least else "")
+    holds = statistics.median(waits) <= kind.most * 1e6 and min(rates[:2]) >= kind.least
+    return [kind.label, *figures(waits, 1e6), *figures(calls, 1e3, 0), *(f"{rate:.0f}" for rate in rates),
+            *verdict(wanted, holds)]
+
+
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
-    latency, fanout, target, burst, memory, connect, publish, idle, deflate, threshold, stall, flood, resume)}
+    latency, fanout, target, burst, memory, connect, publish, idle, deflate, threshold, stall, flood, resume,
+    queues)}
 
 
 def print_machine() -> None:

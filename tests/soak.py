@@ -6,6 +6,8 @@
     python tests/soak.py kill-producer [--times 1000]     kill -9 of a producer in the middle of a write
     python tests/soak.py churn         [--seconds 600] [--rate 100]   clients that come and vanish; memory
     python tests/soak.py resume        [--times 20] [--clients 100]   kill -9 of the server; clients that come back
+    python tests/soak.py nodes         [--broker redis] [--nodes 3] [--clients 300] [--events 5000] [--rounds 1]
+                                       many servers on one broker; kill -9 of one, whose clients go to the others
 
 `--seed` makes the same choices again (not the same interleaving: processes and the kernel have their own mind).
 Exit status 1, with the evidence and the servers' logs kept, if anything that is promised did not hold.
@@ -17,7 +19,8 @@ witness must receive every number of every producer, in order. Only a kill of th
 starts at an earlier number and goes on from there without a gap.
 
 Clients that come back with the id of their last event (resume) need no such care: they come and go as they like, and
-each must in the end have exactly the events of its topics, in order, none of them twice.
+each must in the end have exactly the events of its topics, in order, none of them twice. Those of many nodes stay,
+until they lose theirs: then they come to another one with the id of their last event.
 
 Needs Linux, and the packages that the tests need. Root can mount a small disk and fill it; others get a limit on
 the size of the producers' files, which fails in the same way.
@@ -36,6 +39,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -56,7 +60,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as websockets_connect
 
-from clients import CLOSE, PING, TEXT, Follower, RawClient, client_frame, close_payload, handshake, open_socket
+from brokers import postgres_server, redis_server
+from clients import (
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    Follower,
+    RawClient,
+    client_frame,
+    close_payload,
+    handshake,
+    open_socket,
+    stream_request,
+    with_last_id,
+)
 from helpers import ROOT, TIME_UNIT, WSQUEUE, Server
 from wsqueue import queue_event, queue_events, sign_ticket
 
@@ -395,6 +413,22 @@ class Batches(Plain):
         return size if queue_events(directory, events, durable=True) else 0
 
 
+class Small(Plain):
+    """queue_event; thousands of clients get each of them."""
+
+    def put(self, directory: str, producer: str, number: int) -> int:
+        return int(queue_event(directory, *numbered(producer, number, number * 37 % 300)))
+
+
+class SmallBatches(Plain):
+    """queue_events, one to five at a time."""
+
+    def put(self, directory: str, producer: str, number: int) -> int:
+        numbers = range(number, number + number % 5 + 1)
+        events = [numbered(producer, each, each * 37 % 300) for each in numbers]
+        return len(events) if queue_events(directory, events) else 0
+
+
 class Pieces(Plain):
     """What the PHP producer does, where there is no PHP, and slower: in three pieces."""
 
@@ -454,7 +488,7 @@ class AimedBatches(Plain):
         return len(numbers)
 
 
-STYLES = {style.__name__: style for style in (Plain, Batches, Pieces, Aimed, AimedBatches)}
+STYLES = {style.__name__: style for style in (Plain, Batches, Small, SmallBatches, Pieces, Aimed, AimedBatches)}
 
 
 def produce(directory: str, producer: str, rate: str, style: str) -> None:
@@ -480,7 +514,8 @@ def produce(directory: str, producer: str, rate: str, style: str) -> None:
 class Producer:
     """A producer in a process of its own. It ends when our end of its stdin does, at the latest when we do."""
 
-    def __init__(self, directory: Path, name: str, style: str, rate: int = 20) -> None:
+    def __init__(self, directory: Path | str, name: str, style: str, rate: int = 20) -> None:
+        """directory: or the URL of a queue."""
         self.name = name
         if style == "Pieces" and shutil.which("php"):
             command = ["php", "-r", PHP, "--", str(directory), name, str(rate)]
@@ -536,6 +571,15 @@ def until(condition: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
+def launch(output: Path, port: int, queue: Path | str, *flags: str) -> Server:
+    """A server in a process of its own, which does not listen yet; its log goes to the directory `output`."""
+    output.mkdir()
+    command = [sys.executable, WSQUEUE, "serve", "--port", str(port), "--queue", str(queue), *flags]
+    with open(output / "stdout", "wb") as out, open(output / "stderr", "wb") as err:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    return Server(process, output)
+
+
 class Field:
     """A directory, the server that is killed and started on it, its producers and its witnesses."""
 
@@ -557,13 +601,7 @@ class Field:
 
     def start(self, **options: Any) -> None:
         """Start a server, and connect the witnesses; options: how they connect."""
-        output = self._base / f"server-{len(self.servers)}"
-        output.mkdir()
-        command = [sys.executable, WSQUEUE, "serve", "--port", str(self._port), "--queue", str(self.queue),
-                   *self._flags]
-        with open(output / "stdout", "wb") as out, open(output / "stderr", "wb") as err:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        self.servers.append(Server(process, output))
+        self.servers.append(launch(self._base / f"server-{len(self.servers)}", self._port, self.queue, *self._flags))
         self.server.wait_until_it_listens()
         for witness in self.witnesses:
             witness.connect(self.server.url, **options)
@@ -648,11 +686,7 @@ class Field:
         expected, failed = {*corrupt, *self.broken}, self.set_aside()
         found += [f"broken, but not in failed/: {name}" for name in sorted(expected - failed - self.tidied_away())]
         found += [f"in failed/ for no reason: {name}" for name in sorted(failed - expected)]
-        for server in self.servers:
-            text = server.stderr_text()
-            if "Traceback" in text:
-                found.append(f"a traceback in a server's log: {text[text.index('Traceback'):][:2000]}")
-        return found
+        return found + tracebacks(self.servers)
 
     def tidied_away(self) -> set[str]:
         """What was in failed/, and had to make room: it keeps some thousand files, and the log names who goes."""
@@ -668,10 +702,20 @@ class Field:
             say(what, sum(getattr(ledger, what) for ledger in ledgers))
 
     def close(self) -> None:
-        """Whatever happened: no process is left."""
-        for process in [producer.process for producer in self.producers] + [server.process for server in self.servers]:
-            process.kill()
-            process.communicate()
+        end_all([party.process for party in (*self.producers, *self.servers)])
+
+
+def tracebacks(servers: Sequence[Server]) -> list[str]:
+    texts = [server.stderr_text() for server in servers]
+    return [f"a traceback in a server's log: {text[text.index('Traceback'):][:2000]}"
+            for text in texts if "Traceback" in text]
+
+
+def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Whatever happened: no process is left."""
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @contextlib.contextmanager
@@ -1128,6 +1172,347 @@ def say_crowd(crowd: Sequence[Wanderer]) -> None:
         say(what, sum(getattr(wanderer.ledger, what) for wanderer in crowd))
 
 
+# ---- nodes -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=100_000)  # each text comes to hundreds of clients
+def read_text(text: bytes, number: str | None = None) -> tuple[str, str, Any]:
+    """The id, the name and the payload of a message; of an event's, who queued it as which, if it is whole."""
+    message = json.loads(text)
+    payload = message["payload"]
+    if message["event"] == "soak":
+        whole = payload["pad"] == "x" * payload["size"]
+        payload = (payload["producer"], payload["number"]) if whole else None
+    return message.get("id") or number or "", message["event"], payload
+
+
+@functools.lru_cache(maxsize=100_000)
+def read_block(block: bytes) -> tuple[str, str, Any] | None:
+    """The same of a message in an event stream; None: a comment."""
+    fields = dict(line.split(b": ", 1) for line in block.split(b"\n") if not line.startswith(b":"))
+    return read_text(fields[b"data"], fields.get(b"id", b"").decode()) if b"data" in fields else None
+
+
+class Nomad:
+    """A client that stays until it loses its node, and goes on at another with the id that it has; one of many."""
+
+    def __init__(self, index: int, urls: Sequence[str]) -> None:
+        """It prefers the first of the URLs, then the second, and so on."""
+        self.name = f"{'event stream' if index % 4 == 3 else 'WebSocket'} {index}"
+        self.ledger, self.counts = Ledger(), Counter[str]()
+        self.url = ""  # of its node
+        self._answered = self._greeted = False
+        self._stream, self._last = index % 4 == 3, ""
+        self._routes = itertools.cycle(urls)
+        self._data = bytearray()
+
+    def connect(self) -> socket.socket | None:
+        """To the next node but the one that was lost, if it is there."""
+        before, self.url = self.url, next(self._routes)
+        if self.url == before:
+            self.url = next(self._routes)
+        self._data.clear()  # a torn message comes again
+        self._answered = self._greeted = False
+        try:
+            sock = open_socket(self.url)
+        except OSError:
+            return None
+        last = {"Last_Event_ID": self._last} if self._last else {}
+        sock.sendall(stream_request(**last) if self._stream else handshake(with_last_id("/", self._last)))
+        sock.setblocking(False)
+        return sock
+
+    def feed(self, data: bytes, sock: socket.socket) -> None:
+        self._data += data
+        if not self._answered and not self._read_head():
+            return
+        if self._stream:
+            *blocks, rest = self._data.split(b"\n\n")
+            self._data = rest
+            for block in blocks:
+                self._take(read_block(bytes(block)))
+        else:
+            self._read_frames(sock)
+
+    def _read_head(self) -> bool:
+        """What stands in front of the hello."""
+        head, end, rest = self._data.partition(b"\r\n\r\n")
+        if not end:
+            return False
+        if not head.startswith(b"HTTP/1.1 200 " if self._stream else b"HTTP/1.1 101 "):
+            self.complain(f"the answer was {bytes(head)!r}")
+        self._data, self._answered = rest, True
+        return True
+
+    def _read_frames(self, sock: socket.socket) -> None:
+        data, start = bytes(self._data), 0
+        while len(data) >= start + 2:
+            body, size = start + 2, data[start + 1]
+            if size > 125:
+                body += 2 if size == 126 else 8
+                if len(data) < body:
+                    break
+                size = int.from_bytes(data[start + 2:body], "big")
+            if len(data) < body + size:
+                break
+            self._take_frame(data[start] & 0x0F, data[body:body + size], sock)
+            start = body + size
+        del self._data[:start]
+
+    def _take_frame(self, opcode: int, payload: bytes, sock: socket.socket) -> None:
+        if opcode == TEXT:
+            self._take(read_text(payload))
+        elif opcode == PING:
+            sock.sendall(client_frame(PONG, payload))
+        elif opcode == CLOSE and payload[:2] == close_payload(1013):
+            self.counts["closed for being slow"] += 1
+        elif opcode != CLOSE:
+            self.complain(f"a frame of opcode {opcode}: {payload[:100]!r}")
+
+    def _take(self, message: tuple[str, str, Any] | None) -> None:
+        if message is None:
+            return
+        number, event, payload = message
+        if not number:
+            self.complain(f"{event} without an id")
+        elif event == "soak" and payload and self._greeted:
+            self.ledger.see(*payload)
+        elif event == "wsqueue.hello" and not self._greeted and self._last in ("", number):
+            self._greeted = True
+        elif event == "wsqueue.reset":
+            self.counts["resets"] += 1
+            self.complain(f"it is told that events are gone, after {self._last}")
+        else:
+            self.complain(f"{event} {number} after {self._last}: {payload!r:.100}")
+        self._last = number
+
+    def is_settled(self) -> bool:
+        """Whether it has its hello, and so a place to go on from."""
+        return self._greeted
+
+    def complain(self, text: str) -> None:
+        if len(self.ledger.violations) < 5:  # the first ones tell what happened
+            self.ledger.violations.append(text)
+
+
+class Nomads(threading.Thread):
+    """Many of them, in one thread."""
+
+    def __init__(self, urls: Sequence[str], count: int) -> None:
+        """count: at each node, at first. Whoever loses it goes to one of the others: an equal share to each."""
+        super().__init__(name="soak-nomads", daemon=True)
+        self.nomads = []
+        for index in range(count * len(urls)):
+            others = [url for url in urls if url != urls[index // count]]
+            turn = index % max(1, len(others))
+            self.nomads.append(Nomad(index, [urls[index // count], *others[turn:], *others[:turn]]))
+        self.received = 0
+        self._selector, self._stopped = selectors.DefaultSelector(), threading.Event()
+        self._homeless = list(self.nomads)
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            homeless, self._homeless = self._homeless, []
+            for nomad in homeless:
+                self._settle(nomad)
+            for key, _ in self._selector.select(0.02 if self._homeless else 0.2):
+                self._read(key.data, key.fileobj)
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
+
+    def _settle(self, nomad: Nomad) -> None:
+        sock = nomad.connect()
+        if sock:
+            self._selector.register(sock, selectors.EVENT_READ, nomad)
+        else:
+            self._homeless.append(nomad)
+
+    def _read(self, nomad: Nomad, sock: Any) -> None:
+        before = nomad.ledger.received
+        try:
+            data = sock.recv(256 * KIB)
+            nomad.feed(data, sock)
+        except OSError:
+            data = b""
+        except (ValueError, KeyError, TypeError) as error:
+            nomad.complain(f"it cannot read what came: {error!r}")
+            data = b""
+        self.received += nomad.ledger.received - before
+        if not data:
+            self._selector.unregister(sock)
+            sock.close()
+            self._homeless.append(nomad)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self.ident:
+            self.join(60 * TIME_UNIT)
+
+    def at(self, url: str) -> int:
+        """How many are there, or have not noticed that it has gone."""
+        return sum(nomad.url == url for nomad in self.nomads)
+
+    def are_settled(self) -> bool:
+        return all(nomad.is_settled() for nomad in self.nomads)
+
+    def count(self, what: str) -> int:
+        return sum(nomad.counts[what] for nomad in self.nomads)
+
+    def violations(self, totals: Mapping[str, int]) -> list[str]:
+        return [f"{nomad.name}: {text}" for nomad in self.nomads for text in nomad.ledger.end(totals)]
+
+
+class Nodes:
+    """Servers that share a queue on a broker, each of which may be killed and started again on its port."""
+
+    def __init__(self, base: Path, queue: str, count: int, flags: Sequence[str] = ()) -> None:
+        self.ports = [free_port() for _ in range(count)]
+        self.servers: list[Server] = []  # the dead ones, too
+        self._base, self._queue, self._flags = base, queue, flags
+        self._running: dict[int, Server] = {}
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"ws://127.0.0.1:{port}" for port in self.ports]
+
+    def start(self, *numbers: int) -> None:
+        for number in numbers:
+            server = launch(self._base / f"server-{len(self.servers)}", self.ports[number], self._queue,
+                            "--node", f"node-{number}", *self._flags)
+            self.servers.append(server)
+            self._running[number] = server
+        for number in numbers:
+            self._running[number].wait_until_it_listens()
+
+    def kill(self, number: int) -> None:
+        self.check()
+        server = self._running.pop(number)
+        server.process.kill()
+        server.process.wait()
+
+    def process(self, number: int) -> subprocess.Popen[bytes]:
+        process: subprocess.Popen[bytes] = self._running[number].process
+        return process
+
+    def check(self) -> None:
+        for number, server in self._running.items():
+            assert server.process.poll() is None, f"node {number} has ended: {server.stderr_text()}"
+
+    def end(self) -> None:
+        """As an init system would."""
+        self.check()
+        for server in self._running.values():
+            server.end()
+
+    def memory(self) -> int:
+        """Of the largest, in KiB."""
+        return max(status_of(server.pid)["memory"] for server in self._running.values())
+
+
+@contextlib.contextmanager
+def queue_on(broker: str, base: Path) -> Iterator[str]:
+    """The URL of a queue on a broker of our own."""
+    if broker == "sqlite":
+        yield f"sqlite:///{base}/queue.db"
+    else:
+        directory = base / "broker"
+        directory.mkdir()
+        with {"redis": redis_server, "postgresql": postgres_server}[broker](directory) as server:
+            yield server.queue_url()
+
+
+class Migration:
+    """The figures of what follows one kill after the other."""
+
+    def __init__(self, nodes: Nodes, crowd: Nomads, producers: Sequence[Producer]) -> None:
+        self.moved, self.slowest = 0, 0.0
+        self._nodes, self._crowd, self._producers = nodes, crowd, producers
+
+    def run(self, events: int, victim: int, stands_still: bool) -> None:
+        """kill -9 in the middle of so many events; the node is started again while the others send.
+
+        stands_still: it first does, until the others have sent what its clients then lack.
+        """
+        crowd, url = self._crowd, self._nodes.urls[victim]
+        goal = crowd.received + events * len(crowd.nomads)
+        for producer in self._producers:
+            producer.burst(-(-events // len(self._producers)))
+        assert until(lambda: crowd.received > goal - events * len(crowd.nomads) * 2 // 3, 120 * TIME_UNIT), "too slow"
+        with asleep(self._nodes.process(victim)) if stands_still else contextlib.nullcontext():
+            more = crowd.received + (events * len(crowd.nomads) // 6 if stands_still else 0)
+            assert until(lambda: crowd.received >= more, 60 * TIME_UNIT), "the other nodes stand still, too"
+            here, started = crowd.at(url), time.monotonic()
+            self._nodes.kill(victim)
+        assert until(lambda: not crowd.at(url) and crowd.are_settled(), 60 * TIME_UNIT), "not all found another node"
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        self.moved += here
+        self._nodes.start(victim)
+        assert until(lambda: crowd.received >= goal, 120 * TIME_UNIT), f"{goal - crowd.received} did not come"
+
+
+# Nearly a thousand clients in one thread read slowly, and most are to stay: so much may wait for each.
+NODES_FLAGS = (*RESUME_FLAGS[:-1], str(4 * MIB))
+
+
+def nodes(options: argparse.Namespace, base: Path) -> list[str]:
+    """Who stays and who goes to another node must both have every event, in order, and none of them twice."""
+    found: list[str] = []
+    with contextlib.ExitStack() as stack:
+        queue = stack.enter_context(queue_on(options.broker, base))
+        field = Nodes(base, queue, options.nodes, NODES_FLAGS)
+        stack.callback(lambda: end_all([server.process for server in field.servers]))
+        field.start(*range(options.nodes))
+        crowd = Nomads(field.urls, options.clients)
+        stack.callback(crowd.stop)
+        producers: list[Producer] = []
+        stack.callback(lambda: end_all([producer.process for producer in producers]))
+        with noting(found):
+            crowd.start()
+            assert until(crowd.are_settled, 60 * TIME_UNIT), "not everybody could connect"
+            producers += [Producer(queue, f"{style} {index}", style, rate=1)
+                          for index, style in enumerate(("Small", "SmallBatches", "Small", "SmallBatches"))]
+            found += migrate(options, Migration(field, crowd, producers), field, crowd, producers)
+        found += tracebacks(field.servers)
+    return found
+
+
+def migrate(options: argparse.Namespace, migration: Migration, field: Nodes, crowd: Nomads,
+            producers: Sequence[Producer]) -> list[str]:
+    started = time.monotonic()
+    for number in range(options.rounds):
+        # Not on SQLite, where all would wait for a node that is stopped while it writes.
+        migration.run(options.events, number % options.nodes, number % 2 == 0 and options.broker != "sqlite")
+    results = {producer.name: producer.finish() for producer in producers}
+    totals = {name: result["queued"] for name, result in results.items()}
+    until(lambda: all(nomad.ledger.has_all(totals) for nomad in crowd.nomads), 30 * TIME_UNIT)
+    seconds, memory = time.monotonic() - started, field.memory()
+    crowd.stop()  # before the servers, so that nobody goes anywhere
+    field.end()
+    found = crowd.violations(totals)
+    say_migration(options, migration, crowd, totals, seconds)
+    say("memory of the largest node, KiB", memory)
+    refused = {name: result["refused"] for name, result in results.items() if result["refused"]}
+    return found + [f"{name}: {count} were refused" for name, count in refused.items()]
+
+
+def say_migration(options: argparse.Namespace, migration: Migration, crowd: Nomads, totals: Mapping[str, int],
+                  seconds: float) -> None:
+    ledgers = [nomad.ledger for nomad in crowd.nomads]
+    say(f"nodes on {options.broker}", options.nodes)
+    say("clients of all nodes", len(ledgers))
+    say("kills of a node", options.rounds)
+    say("clients that went to another node", migration.moved)
+    say("seconds until all of them were there", migration.slowest)
+    say("closed for being slow", crowd.count("closed for being slow"))
+    say("events queued", sum(totals.values()))
+    say("deliveries", crowd.received)
+    say("deliveries each second", int(crowd.received / seconds))
+    for what in ("lost", "misplaced", "repeated"):
+        say(what, sum(getattr(ledger, what) for ledger in ledgers))
+    say("resets", crowd.count("resets"))
+
+
 # ---- kill-producer -----------------------------------------------------------------------------------------
 
 WRITER = """
@@ -1321,7 +1706,8 @@ def judge_memory(memory: Sequence[int]) -> list[str]:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, Path], list[str]]] = {
-    "faults": faults, "kill-server": kill_server, "resume": resume, "kill-producer": kill_producer, "churn": churn}
+    "faults": faults, "kill-server": kill_server, "resume": resume, "nodes": nodes, "kill-producer": kill_producer,
+    "churn": churn}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -1329,11 +1715,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--times", type=int, help="50 for kill-server, 20 for resume, 1000 for kill-producer")
-    parser.add_argument("--clients", type=int, default=100, help="that come back (resume)")
+    parser.add_argument("--clients", type=int, help="that come back (resume, 100), or of each node (nodes, 300)")
+    parser.add_argument("--broker", choices=("redis", "postgresql", "sqlite"), default="redis", help="of the nodes")
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--events", type=int, default=5000, help="in each round (nodes)")
+    parser.add_argument("--rounds", type=int, default=1, help="in each of which another node is killed (nodes)")
     parser.add_argument("--rate", type=float, default=100.0, help="connections each second (churn)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--no-mount", dest="mount", action="store_false", help="fill no disk, limit files (faults)")
     options = parser.parse_args(arguments)
+    if options.nodes < 2:
+        parser.error("--nodes: at least two, so that a client has somewhere to go")
+    options.clients = options.clients or {"nodes": 300}.get(options.command, 100)
     options.times = options.times or {"kill-server": 50, "resume": 20, "kill-producer": 1000}.get(options.command)
     return options
 

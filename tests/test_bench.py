@@ -35,6 +35,7 @@ def run_bench(script, command):
     ("stall", 3 * 2 * 100 * (10 - 2)),
     ("flood", 4 * 100 * 10),
     ("resume", 51 + 20 * (50 + 51 + 51 + 1)),
+    ("queues", 5 * (4 + 4 + 200)),
 ])
 def test_quick_form_runs_and_delivers_everything(command, messages):
     """Each subcommand prints a table and has delivered exactly what its --quick size makes."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import soak
+from clients import TEXT, frame_head
 from helpers import TIME_UNIT
-from soak import Diary, Ledger, numbered, topics_of
+from soak import Diary, Ledger, Nomad, numbered, topics_of
 
 SCRIPT = Path(__file__).with_name("soak.py")
 
@@ -71,6 +73,15 @@ def test_clients_that_come_back_miss_nothing_and_get_nothing_twice():
     assert figures["connections that went on"] > 12
     for what in ("repeated", "dropped", "strange", "resets"):
         assert figures[what] == 0
+
+
+def test_clients_that_lose_their_node_go_on_at_another():
+    """kill -9 of each node in turn, in the middle of a flow: who stays and who moves has every event once, in order."""
+    figures = run_soak("nodes", "--broker", "redis", "--clients", 20, "--events", 300, "--rounds", 3)
+    assert figures["kills of a node"] == 3
+    assert_nothing_lost(figures)
+    assert figures["clients that went to another node"] >= 60
+    assert figures["repeated"] == figures["resets"] == 0
 
 
 def test_clients_that_vanish_leave_nothing():
@@ -216,6 +227,65 @@ def test_what_should_not_come_to_those_who_come_back(message):
     diary = diary_of([])
     diary.take(*message)
     assert len(diary.end({})) == 1
+
+
+HELLO = {"event": "wsqueue.hello", "payload": None, "id": "0"}
+
+
+def soak_event(number, **changes):
+    event, payload = numbered("p", number, size=200)
+    return {"event": event, "payload": payload, "id": f"id-{number}", **changes}
+
+
+def nomad_of(index, *messages, size=None, url="ws://127.0.0.1:9"):
+    """A nomad that has received these in pieces of this size; every fourth is an event stream."""
+    nomad = Nomad(index, [url])
+    if index % 4 == 3:
+        blocks = [f"id: {message.pop('id')}\ndata: {json.dumps(message)}\n\n" for message in map(dict, messages)]
+        data = "".join(["HTTP/1.1 200 OK\r\n\r\n: comment\n\n", *blocks]).encode()
+    else:
+        texts = [json.dumps(message).encode() for message in messages]
+        frames = [frame_head(0x80 | TEXT, len(text), masked=False) + text for text in texts]
+        data = b"".join([b"HTTP/1.1 101 Switching Protocols\r\n\r\n", *frames])
+    for start in range(0, len(data), size or len(data)):
+        nomad.feed(data[start:start + (size or len(data))], None)
+    return nomad
+
+
+@pytest.mark.parametrize("index", [0, 3], ids=["WebSocket", "event stream"])
+@pytest.mark.parametrize("size", [1, 7, None], ids=str)
+def test_the_reader_of_the_nodes_takes_what_comes_in_any_pieces(index, size):
+    """Whole messages, however the stream was cut."""
+    nomad = nomad_of(index, HELLO, *map(soak_event, range(5)), size=size)
+    assert nomad.is_settled()
+    assert nomad.ledger.end({"p": 5}) == []
+
+
+@pytest.mark.parametrize("index", [0, 3], ids=["WebSocket", "event stream"])
+@pytest.mark.parametrize("messages", [
+    [HELLO, soak_event(0), soak_event(2), soak_event(1)],
+    [HELLO, soak_event(0), soak_event(2)],
+    [HELLO, soak_event(0), soak_event(1)],
+    [HELLO, soak_event(0), soak_event(1), soak_event(1), soak_event(2)],
+    [HELLO, HELLO, soak_event(0), soak_event(1), soak_event(2)],
+    [soak_event(0), soak_event(1), soak_event(2)],
+    [HELLO, soak_event(0), soak_event(1), soak_event(2), {**HELLO, "event": "wsqueue.reset"}],
+    [HELLO, soak_event(0), soak_event(1), soak_event(2, id="")],
+    [HELLO, soak_event(0), soak_event(1), {**soak_event(2), "payload": {**soak_event(2)["payload"], "pad": "x"}}],
+], ids=["swapped", "lost", "lost at the end", "repeated", "two hellos", "no hello", "reset", "no id", "damaged"])
+def test_the_checker_of_the_nodes_sees_what_is_wrong(index, messages):
+    """Three events were sent."""
+    assert nomad_of(index, *messages).ledger.end({"p": 3}) != []
+
+
+def test_a_nomad_must_be_greeted_with_the_id_that_it_came_with():
+    """Else it would not know where the stream goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nomad = nomad_of(0, HELLO, url=f"ws://127.0.0.1:{listener.getsockname()[1]}")
+        nomad.connect().close()
+    text = json.dumps({**HELLO, "id": "1"}).encode()
+    nomad.feed(b"HTTP/1.1 101 \r\n\r\n" + frame_head(0x80 | TEXT, len(text), masked=False) + text, None)
+    assert nomad.ledger.violations != []
 
 
 def test_a_violation_is_the_exit_status(monkeypatch, tmp_path, capsys):
