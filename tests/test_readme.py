@@ -12,22 +12,25 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import psycopg
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsqueue
+from brokers import PASSWORD
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually, run_cli, spawn_server
 
 README = ROOT / "README.md"
@@ -149,7 +152,8 @@ def script(path, text):
 
 def interpreter(block):
     """The command that runs a block's file."""
-    commands = {"python": [sys.executable, "-W", "error"], "php": [shutil.which("php")], "sh": ["bash", "-eu"]}
+    commands = {"python": [sys.executable, "-W", "error"], "php": [shutil.which("php")], "sh": ["bash", "-eu"],
+                "sql": ["psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--file"]}
     command = commands[block.language]
     if command[0] is None:
         pytest.skip("needs Debian's php-cli")
@@ -161,7 +165,7 @@ def run(block, code=None, **more):
     Path("block").write_text(code or block.code, "utf-8")
     command = [*interpreter(block), "block"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60 * TIME_UNIT, **more)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
 
 
@@ -529,6 +533,133 @@ def commands(block, request):
         while heard[-1] != ("report_ready", {"rows": 1200}):
             heard.append(receive(witness))
         assert ("order_paid", {"id": 42}) in heard
+
+
+# ---- Queues at URLs ----------------------------------------------------------------------------------------
+
+
+@role
+def picture(block, request):
+    """It shows nodes as they are started, and the brokers that there are."""
+    for name in ("one", "two"):
+        assert f"wsqueue serve --node {name}" in block.code
+    assert "Redis, PostgreSQL, RabbitMQ or SQLite" in block.code
+
+
+def arrives(block, url, code=None, ticket="", output="", **variables):
+    """The events that the block's role lists come from the queue to a client, in that order, and no other."""
+    environment = {**os.environ, "WS_QUEUE_PATH": url, "WS_NODE": "one", **variables}
+    with spawn_server(env=environment) as server, client(server.port, f"/?ticket={ticket}") as connection:
+        run_cli("status", env=environment)  # makes the table, should the server not have come to it yet
+        assert run(block, code, env=environment) == output
+        assert wsqueue.queue_event(url, "the last one")
+        wsqueue.close_queues()  # the next relative path is another file
+        for name in (*block.words, "the last one"):
+            assert receive(connection)[0] == name
+
+
+@role
+def moved(block, request):
+    """The commands serve a queue in Redis, once they know where that is."""
+    url, shown = request.getfixturevalue("redis_broker").queue_url(), "redis://:PASSWORD@127.0.0.1:6379/0"
+    assert block.code.count(shown) == block.code.count("pip install redis ") == 1
+    code = block.code.replace(shown, url).replace("pip install redis ", "true ")
+    with reserved_port() as port, started(block, code.replace(PORT, port)) as process:
+        with client(port, "/", process) as connection:
+            assert wsqueue.queue_event(url, "order_paid")
+            assert receive(connection) == ("order_paid", None)
+
+
+@role
+def producer_of_environment(block, request):
+    """The same lines do for a directory and for a broker."""
+    for url in ("ws_queue", request.getfixturevalue("redis_broker").queue_url()):
+        arrives(block, url)
+
+
+@role
+def outbox(block, request):
+    """What was committed arrives, what was rolled back does not."""
+    arrives(block, "sqlite:///shop.db", output="UNIQUE constraint failed: orders.id\n")
+
+
+@contextmanager
+def shop(broker):
+    """A schema with a table of orders, which is removed again; yields the address of its database."""
+    with psycopg.connect(broker.url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA shop")
+        try:
+            connection.execute("CREATE TABLE shop.orders (id INTEGER, customer INTEGER, paid INTEGER)")
+            connection.execute("INSERT INTO shop.orders VALUES (42, 6, 0), (43, 7, 0)")
+            yield f"{broker.url}?options=-csearch_path%3Dshop"
+        finally:
+            connection.execute("DROP SCHEMA shop CASCADE")
+
+
+@role
+def outbox_postgresql(block, request):
+    """What the transaction did is there, and its event arrives."""
+    with shop(request.getfixturevalue("postgres_broker")) as url:
+        arrives(block, url, DATABASE_URL=url)
+        with psycopg.connect(url) as connection:
+            assert connection.execute("SELECT id FROM orders WHERE paid = 1").fetchall() == [(42,)]
+
+
+@role
+def sql(block, request):
+    """Its rows are events; the second one is for a customer, who is connected."""
+    secret, broker = "0123456789abcdef" * 4, request.getfixturevalue("postgres_broker")
+    database = {"PGHOST": "127.0.0.1", "PGPORT": str(broker.port), "PGDATABASE": "events", "PGUSER": "events",
+                "PGPASSWORD": PASSWORD, "PGOPTIONS": "-csearch_path=shop"}
+    with shop(broker) as url:
+        ticket = wsqueue.sign_ticket(secret, topics=["customer:7"])
+        arrives(block, url, ticket=ticket, WS_SECRET=secret, **database)
+
+
+def of_redis(block, broker):
+    """The block with the broker's port and a queue of its own, and that queue's address."""
+    url = broker.queue_url()
+    assert block.code.count("6379") == 1
+    return block.code.replace("6379", str(broker.port)).replace("wsqueue", url.rpartition("=")[2]), url
+
+
+@role
+def redis_cli(block, request):
+    """The entry is an event."""
+    broker = request.getfixturevalue("redis_broker")
+    code, url = of_redis(block, broker)
+    name = url.rpartition("=")[2]
+    with spawn_server(env={**os.environ, "WS_QUEUE_PATH": url}) as server, client(server.port, "/") as connection:
+        assert re.fullmatch(r"\d+-\d+\n", run(block, code, env={**os.environ, "REDISCLI_AUTH": PASSWORD})), name
+        assert receive(connection) == ("order_paid", {"id": 42})
+
+
+def needs_php(extension, package):
+    php = shutil.which("php")
+    if not php or extension not in subprocess.run([php, "-m"], capture_output=True, text=True, check=True).stdout:
+        pytest.skip(f"needs Debian's {package}")
+
+
+@role
+def php_database(block, request):
+    """Its transaction queues an event, in SQLite and in PostgreSQL."""
+    needs_php("pdo_sqlite", "php-sqlite3")
+    needs_php("pdo_pgsql", "php-pgsql")
+    with closing(sqlite3.connect("shop.db")) as connection, connection:
+        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, paid INTEGER)")
+    arrives(block, "sqlite:///shop.db", DATABASE="sqlite:shop.db")
+    broker = request.getfixturevalue("postgres_broker")
+    with shop(broker) as url:
+        place = f"host=127.0.0.1;port={broker.port};dbname=events;user=events;password={PASSWORD}"
+        arrives(block, url, DATABASE=f"pgsql:{place};options='-csearch_path=shop'")
+
+
+@role
+def php_redis(block, request):
+    """Its entry is an event."""
+    needs_php("redis", "php-redis")
+    code, url = of_redis(block, request.getfixturevalue("redis_broker"))
+    arrives(block, url, code, REDIS_PASSWORD=PASSWORD)
 
 
 # ---- In the browser ----------------------------------------------------------------------------------------
