@@ -12,7 +12,7 @@ README = HERE / "README.md"
 # A queue other than the directory and SQLite needs its broker's library.
 BROKERS = {
     "redis": ["redis>=5"],
-    "postgres": ["psycopg[binary]>=3.2"],
+    "postgres": ["psycopg[binary]>=3.2.1"],
     "rabbitmq": ["pika>=1.3"],
 }
 

@@ -3919,7 +3919,7 @@ class Location(NamedTuple):
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", re.sub(r"://([^:@/]*):.*@", r"://\1:***@", url))
+    return re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", re.sub(r"://([^:/]*):.*@", r"://\1:***@", url))
 
 
 def _locate(url: str, node: str, most: int) -> Location:
@@ -3939,7 +3939,8 @@ def _locate(url: str, node: str, most: int) -> Location:
             raise ValueError("keep_events must be from 1 to 999999999, and keep_seconds from 1 to 4000000")
     except ValueError as error:
         raise QueueError(f"{_without_password(url)} for node {node!r}: {error}") from None
-    memory = SimpleNamespace(run=os.urandom(4).hex(), is_new=False, count=0, sent={}, directory=os.getcwd())
+    memory = SimpleNamespace(run=os.urandom(4).hex(), is_new=False, count=0, sent={},
+                             directory=os.getcwd() if url[:7].lower() == "sqlite:" else "")
     return Location(base + (f"?{rest}" if rest else ""), name, int(numbers[1]), float(numbers[2]), node, most, memory)
 
 
@@ -4140,8 +4141,10 @@ class BrokerQueue:
                     self._done = self._saved = self._last = self._place
             self._reader.limit(READ_SECONDS)
             yield self._reader
-        except (QueueError, *self._link.errors) as error:
+        except Exception as error:
             self._reader = _drop(self._reader)
+            if not isinstance(error, (QueueError, *self._link.errors)):
+                raise  # a bug: with its traceback, and with another link the next time
             pause = min(RETRY_SECONDS, 0.1 * 2 ** min(self._failures, 6)) * (0.5 + os.urandom(1)[0] / 512)
             self._failures, self._retry_at = self._failures + 1, time.monotonic() + pause
             self._trouble = f"cannot read queue {self.path}: {_reason(error)}"
@@ -4234,7 +4237,7 @@ class BrokerQueue:
         try:
             link.limit(READ_SECONDS)
             return bool(link.listen(self._place, min(seconds, 0.1)))
-        except (QueueError, *self._link.errors):
+        except Exception:
             self._reader = _drop(link)  # take() will say what it is
             return True
 
@@ -4337,7 +4340,7 @@ class _SqlLink(Link):
         return self._connection.execute(statement.format(**self._words).replace("?", self.mark), values)
 
     def append(self, data: bytes, durable: bool) -> None:
-        self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data))
+        self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data, self.location.most))
 
     def attach(self, place: Any) -> Any:
         if place is None:
@@ -4468,7 +4471,7 @@ class _SqliteLink(_SqlLink):
         self._words["xid"] = str(int(time.time() * 1e6))
         # A writer waits for another one. A server has to send meanwhile, and can save its place later.
         patience = min(self.patience, 0.25 if self.patience == READ_SECONDS else 1.5)
-        connection = sqlite3.connect(path, patience, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # a bad row must not hide the rest
         self._connection = connection
         try:
@@ -4632,7 +4635,7 @@ class OutboxQueue:
             return
         try:
             with contextlib.closing(self._connection.cursor()) as cursor:
-                self._insert(cursor, _in_ascii(data))
+                self._insert(cursor, _in_ascii(data, self._max_event_bytes))
         except Exception as error:  # of a library that only the caller knows
             raise QueueError(f"cannot queue in the caller's transaction: {_reason(error)}. A server, or `wsqueue status"
                              " --queue URL`, makes the table") from error
@@ -4666,9 +4669,12 @@ class OutboxQueue:
         cursor.execute(after)
 
 
-def _in_ascii(data: bytes) -> str:
-    """For a connection, or a database, of any encoding: in JSON, such characters stand in strings alone."""
-    return re.sub(r"[^\x00-\x7f]+", lambda match: json.dumps(match[0])[1:-1], data.decode())
+def _in_ascii(data: bytes, most: int) -> str:
+    """For a connection, or a database, of any encoding: in JSON, such characters stand in strings alone. Not if it is
+    then too long: an event that was accepted must not be refused later."""
+    text = data.decode()
+    longer = re.sub(r"[^\x00-\x7f]+", lambda match: json.dumps(match[0])[1:-1], text)
+    return longer if len(longer) <= most else text
 
 
 class _RedisLink(Link):
@@ -4685,7 +4691,7 @@ class _RedisLink(Link):
         self._key = location.name
         self._ahead: float | None = None  # seconds, of the broker's clock to ours
         self._chunk = 10  # entries, as many as are likely to be wanted: nobody knows their size before
-        redis, seconds = _library("redis", "redis"), max(patience, PUT_SECONDS) / 5  # for each of up to five answers
+        redis, seconds = _library("redis", "redis"), max(patience, PUT_SECONDS) / 4  # for each of some four answers
         retry = _library("redis.retry", "redis").Retry(_library("redis.backoff", "redis").NoBackoff(), 0)
         names = ("driver_info",) if hasattr(redis, "DriverInfo") else ("lib_name", "lib_version")  # not to be told
         pool = redis.ConnectionPool.from_url(location.url)
@@ -4839,7 +4845,7 @@ class _AmqpLink(Link):
         self._pika = pika = _library("pika", "rabbitmq")
         self._serial, self._acked, self._confirms = time.monotonic_ns(), 0, False
         self._messages: deque[Entry] = deque()
-        self._has_lost = False
+        self._has_lost = self._is_cancelled = False
         self._queue, self._failed = f"{location.name}.{location.node}", f"{location.name}:failed"
         parameters = pika.URLParameters(location.url)
         parameters.connection_attempts, parameters.stack_timeout, parameters.socket_timeout = 1, patience, patience
@@ -4887,6 +4893,7 @@ class _AmqpLink(Link):
         self._channel.queue_bind(self._queue, self.location.name)
         self._channel.basic_qos(prefetch_count=ENTRIES)
         self._channel.basic_consume(lost, self._note_loss, auto_ack=True)
+        self._channel.add_on_cancel_callback(self._note_cancel)
         try:
             self._channel.basic_consume(self._queue, self._receive, exclusive=True)
         except self._pika.exceptions.ChannelClosedByBroker as error:
@@ -4896,6 +4903,9 @@ class _AmqpLink(Link):
 
     def _note_loss(self, *_: Any) -> None:
         self._has_lost = True
+
+    def _note_cancel(self, *_: Any) -> None:
+        self._is_cancelled = True
 
     def has_lost(self, place: Any) -> bool:
         known, self._has_lost = self._has_lost, False
@@ -4911,6 +4921,8 @@ class _AmqpLink(Link):
             self._messages.append(Entry((self._serial, delivery.delivery_tag), identity, time.time(), body))
 
     def read(self, place: Any, max_bytes: int) -> list[Entry]:
+        if self._is_cancelled or not self._channel.is_open:
+            raise QueueError("the broker has ended the consumer, or the connection")
         known = -1
         while known < len(self._messages) < ENTRIES:
             known = len(self._messages)

@@ -662,6 +662,14 @@ def test_an_exchange_that_nobody_listens_to_takes_nothing(queue_url, make_queue,
     assert payloads(up_to_mark(make_queue(), queue_url)) == [2]
 
 
+def test_text_that_fits_as_it_is_arrives_as_it_is(queue_url, queue):
+    """Also where it would be too long with its letters escaped: what was accepted is not refused later."""
+    text = "\u00e9" * 400_000
+    assert queue_event(queue_url, "e", text)
+    assert payloads(up_to_mark(queue, queue_url)) == [text]
+    assert queue.backlog().failed == 0
+
+
 def test_the_backlog_is_what_was_not_sent(queue_url, queue):
     """How much it is, how long the oldest of it waits, and that nothing failed; any process may ask."""
     assert queue.backlog()[:3] == (0, 0.0, 0)
@@ -1169,6 +1177,7 @@ def test_a_fork_amid_other_threads_calls_hangs_nowhere(queue_url, queue, state):
 
 @pytest.mark.parametrize("url, word", [
     ("mysql://root:hidden@127.0.0.1/db", "mysql"),
+    ("redis://me@home:hidden@127.0.0.1:1/0?queue=a-b", "queue"),
     ("kafka://127.0.0.1:9092", "kafka"),
     ("http://127.0.0.1/queue", "http"),
     ("sqlite://", "path"),
