@@ -4077,7 +4077,8 @@ class BrokerQueue:
                 self._writer.limit(left)
             if self._writer is None or not self._writer.is_alive():
                 self._writer = _drop(self._writer)
-                self._writer = self._link(self._location, left)
+                with _NO_FORK:  # libpq has a lock while it connects, and a child would wait for it for ever
+                    self._writer = self._link(self._location, left)
             self._writer.append(data, durable)
             self._refused = ""
         except BaseException as error:  # also Ctrl-C: an answer may be on its way

@@ -426,15 +426,25 @@ def test_without_the_right_to_insert_the_line_says_so(database, queue, connectio
             admin.execute(f"DROP ROLE {role}")
 
 
-@sqlite_only
+REFUSE = {
+    "sqlite": ["CREATE TRIGGER no BEFORE INSERT ON wsqueue BEGIN SELECT RAISE(ABORT, 'not today'); END"],
+    "postgresql": [
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not today'; END $$",
+        "CREATE TRIGGER no BEFORE INSERT ON wsqueue FOR EACH ROW EXECUTE FUNCTION no()",
+    ],
+}
+
+
 def test_where_the_database_refuses_the_row_the_line_says_so(database, queue, connection, caplog):
-    """A full disk, a trigger: whatever it is, the caller's transaction goes on."""
-    connection.execute("CREATE TRIGGER no BEFORE INSERT ON wsqueue BEGIN SELECT RAISE(ABORT, 'not today'); END")
+    """A trigger, a full disk: whatever it is, the caller's transaction goes on."""
+    for statement in REFUSE[urlsplit(database.url).scheme]:
+        connection.execute(statement)
     connection.commit()
     assert_not_queued(connection, caplog, "not today")
-    connection.execute("DROP TRIGGER no")
     connection.commit()
     assert orders_in(database) == [1, 2]
+    connection.execute("DROP TRIGGER no" if isinstance(database, SqliteDatabase) else "DROP TRIGGER no ON wsqueue")
+    connection.commit()
     assert arrived(queue, database) == []
 
 
