@@ -2185,8 +2185,8 @@ def audiences_of(events: Sequence[Event], registry: ClientRegistry) -> list[Audi
 
 
 _RESET = "~reset"  # ends the id of what stands for entries that were removed
-AHEAD = sys.maxsize    # the position of a client that has seen what this server has yet to send
-LOST = -sys.maxsize     # and of one that has missed what is not kept
+AHEAD = sys.maxsize  # the position of a client that has seen what this server has yet to send
+LOST = -sys.maxsize  # and of one that has missed what is not kept
 
 
 class History:
@@ -3893,8 +3893,8 @@ SEEN_SECONDS = 10.0  # how often a node says that it is there, and what is too o
 ENTRIES = 1000  # of one read, at most
 CHUNK = 100  # entries in one answer, where only their number can be bounded: each may have 1 MiB
 
-
 _NAME = re.compile("[A-Za-z_][A-Za-z0-9_]{0,39}")  # of a queue: PostgreSQL's have 63 characters at most
+_NAME_RULE = "a letter and up to 39 letters, digits and underscores"
 
 
 class Entry(NamedTuple):
@@ -3931,7 +3931,7 @@ def _locate(url: str, node: str, most: int) -> Location:
     name, node = given["queue"], node or re.sub(r"[^\w.-]", "-", socket.gethostname(), flags=re.ASCII)
     try:
         if not _NAME.fullmatch(name):
-            raise ValueError("queue must be a letter and up to 39 letters, digits and underscores")
+            raise ValueError(f"queue must be {_NAME_RULE}")
         if not re.fullmatch(r"[\w.-]{1,100}", node, re.ASCII):
             raise ValueError("the node's name must be of letters, digits, dots and dashes")
         numbers = re.fullmatch(r"(\d{1,9}) (\d{1,7}(?:\.\d*)?)", f"{given['keep_events']} {given['keep_seconds']}")
@@ -3968,9 +3968,10 @@ class Link:
     """One connection to a broker: it knows the broker's language, and nothing else.
 
     append() adds an entry; attach() makes it a node's, and returns the place to go on at; read() returns the entries
-    behind a place; save() remembers a place; tidy() removes what is too old, or too much; listen() waits until there
-    may be more; what set_aside() and backlog() do is in section 5. All end by the deadline, and raise one of `errors`,
-    or QueueError.
+    behind a place, and has_lost() whether others were removed there; save() remembers a place; tidy() removes what is
+    too old, or too much; listen() waits until there may be more; what set_aside() and backlog() do is in section 5.
+    Where it is shared, past() returns up to CHUNK entries before a place, the last first, and removed() up to where
+    there are none any more (None: nobody knows). All end by the deadline, and raise one of `errors`, or QueueError.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]] = ()  # the library's; load() imports it, and checks the URL
@@ -3979,7 +3980,7 @@ class Link:
     guard: ClassVar[Any] = contextlib.nullcontext()  # held while it is used
 
     def __init__(self, location: Location, patience: float) -> None:
-        self.location, self.patience = location, patience
+        self.location, self.reads = location, patience >= READ_SECONDS  # for a server; else it is a producer's
         self.limit(patience)
 
     def limit(self, seconds: float) -> None:
@@ -3992,18 +3993,6 @@ class Link:
     def is_alive(self) -> bool:
         """Whether append() has a chance, as far as this side knows."""
         return True
-
-    def has_lost(self, place: Any) -> bool:
-        """Whether entries right behind the place were removed."""
-        return False
-
-    def past(self, place: Any) -> list[Entry]:
-        """Up to CHUNK entries before the place, the last first."""
-        return []
-
-    def removed(self) -> Any:
-        """Up to which place there are no entries any more; None: nobody knows."""
-        return None
 
 
 _NO_FORK = threading.RLock()  # held while a library is loaded, and while SQLite is used; inside of a queue's lock
@@ -4114,8 +4103,8 @@ class BrokerQueue:
         elif complaint:
             raise QueueError(f"queue {self.path}: {complaint}")
         events = without_stale(events, self._max_age, time.time())
-        self._last = max([event.source for event in events if event.source is not None], default=self._last)
-        self.done(())
+        self._last = _furthest(events, self._last)
+        self._pass_by()
         return events
 
     def _remember(self, entries: Iterable[Entry]) -> None:
@@ -4206,18 +4195,28 @@ class BrokerQueue:
         return id_of(base), past
 
     def done(self, events: Iterable[Event]) -> None:
-        self._done = max([event.source for event in events if event.source is not None], default=self._done)
-        if self._done == self._last:  # what follows has no events
+        self._done = _furthest(events, self._done)
+        self._pass_by()
+
+    def _pass_by(self) -> None:
+        """Entries behind the last event that have none, because they are set aside, too old, or empty."""
+        if self._done == self._last:
             self._done = self._last = self._place
 
     def retake(self) -> None:
         self._location.memory.sent.clear()
         self._place = self._last = self._done
-        if not self.shared and self._reader:  # the broker delivers again what it was not told of
+        if not self.shared:  # the broker delivers again what it was not told of
+            self._part()
+
+    def _part(self) -> None:
+        """From the broker, which is told what is done."""
+        reader, self._reader = self._reader, None
+        if reader:
             with contextlib.suppress(QueueError, *self._link.errors):
-                self._reader.limit(1.0)
-                self._reader.save(self._done)
-            self._reader = _drop(self._reader)
+                reader.limit(1.0)
+                reader.save(self._done)
+        _drop(reader)
 
     def wake(self) -> None:
         self._woken.set()
@@ -4268,16 +4267,15 @@ class BrokerQueue:
         if self._pid != os.getpid():
             self.forget()
         with self._link.guard:
-            reader, self._reader = self._reader, None
-            if reader:
-                with contextlib.suppress(QueueError, *self._link.errors):
-                    reader.limit(1.0)
-                    reader.save(self._done)
-            _drop(reader)
+            self._part()
         if self._lock.acquire(timeout=PUT_SECONDS):
             with self._link.guard:
                 self._writer = _drop(self._writer)
             self._lock.release()
+
+
+def _furthest(events: Iterable[Event], default: Any) -> Any:
+    return max([event.source for event in events if event.source is not None], default=default)
 
 
 def _drop(link: Any) -> Any:
@@ -4471,7 +4469,7 @@ class _SqliteLink(_SqlLink):
         os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
         self._words["xid"] = str(int(time.time() * 1e6))
         # A writer waits for another one. A server has to send meanwhile, and can save its place later.
-        patience = min(self.patience, 0.25 if self.patience == READ_SECONDS else 1.5)
+        patience = min(max(0.0, self.deadline - time.monotonic()), 0.25 if self.reads else 1.5)
         connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # a bad row must not hide the rest
         self._connection = connection
@@ -4625,7 +4623,7 @@ class OutboxQueue:
     def __init__(self, connection: Any, *, name: str = "wsqueue", max_event_bytes: int = MIB, **_: Any) -> None:
         self._connection, self._table, self._max_event_bytes = connection, f'"{name}"', max_event_bytes
         if not _NAME.fullmatch(name):
-            raise QueueError(f"a queue's name is a letter and up to 39 letters, digits and underscores, not {name!r}")
+            raise QueueError(f"a queue's name is {_NAME_RULE}, not {name!r}")
         if "Async" in type(connection).__name__:
             raise QueueError(f"{type(connection).__name__} is not a synchronous connection: nothing would be sent")
 
@@ -4656,18 +4654,16 @@ class OutboxQueue:
                        " current_setting('transaction_read_only') = 'off'", (self._table,))
         if cursor.fetchone() is None:
             raise QueueError(f"there is no table {self._table}, or no right to INSERT into it")
-        status = getattr(getattr(self._connection, "info", None), "transaction_status", 0)
-        before, after, undo = (f"{verb} SAVEPOINT wsqueue".strip() for verb in ("", "RELEASE", "ROLLBACK TO"))
-        if status != 2:  # psycopg's INTRANS
+        if getattr(getattr(self._connection, "info", None), "transaction_status", 0) != 2:  # psycopg's INTRANS
             cursor.execute(statement, (text,))
             return
-        cursor.execute(before)
+        cursor.execute("SAVEPOINT wsqueue")
         try:
             cursor.execute(statement, (text,))
         except Exception:
-            cursor.execute(undo)
+            cursor.execute("ROLLBACK TO SAVEPOINT wsqueue")
             raise
-        cursor.execute(after)
+        cursor.execute("RELEASE SAVEPOINT wsqueue")
 
 
 def _in_ascii(data: bytes, most: int) -> str:
@@ -4850,7 +4846,7 @@ class _AmqpLink(Link):
         self._queue, self._failed = f"{location.name}.{location.node}", f"{location.name}:failed"
         parameters = pika.URLParameters(location.url)
         parameters.connection_attempts, parameters.stack_timeout, parameters.socket_timeout = 1, patience, patience
-        parameters.heartbeat = 5 if patience >= READ_SECONDS else 0  # who only sends does not look at it in between
+        parameters.heartbeat = 5 if self.reads else 0  # who only sends does not look at it in between
         self._connection = type("Patient", (pika.BlockingConnection,), {
             "_flush_output": _flush_patiently, "link": self})(parameters)
         try:
@@ -5506,7 +5502,8 @@ def _serve(options: Any) -> int:
         for number in server._replaced_handlers:  # we end with it: a second Ctrl-C on the way out is no news
             server._replaced_handlers[number] = signal.SIG_IGN
         print(f"listening on {server.url}", flush=True)
-        log.info("queue %s; stop with Ctrl-C", _shown_queue(given["queue"]))
+        kind = "" if _URL.match(given["queue"]) else " directory"
+        log.info("queue%s %s; stop with Ctrl-C", kind, _shown_queue(given["queue"]))
 
     server.start(ready=ready)
     return 0
@@ -5552,7 +5549,7 @@ def _warn_of_password(queue: str, arguments: Sequence[str]) -> None:
 
 
 def _shown_queue(queue: str) -> str:
-    return _without_password(queue) if _URL.match(queue) else f"directory {os.path.abspath(queue)}"
+    return _without_password(queue) if _URL.match(queue) else os.path.abspath(queue)
 
 
 def _status(options: Any) -> int:
@@ -5560,16 +5557,16 @@ def _status(options: Any) -> int:
     queue = open_queue(options.queue, **node)
     backlog = queue.backlog()
     if isinstance(queue, BrokerQueue):
-        servers = [f"node {name}, there {age:.0f} s ago" for name, age in queue.nodes() if age < 3 * SEEN_SECONDS]
+        servers, hint = [f"node {name}, there {age:.0f} s ago" for name, age in queue.nodes()
+                         if age < 3 * SEEN_SECONDS], ""
     else:
-        pid = serving_process(options.queue)
+        pid, hint = serving_process(options.queue), ", see failed/*.reason"
         servers = [f"process {pid}"] if pid else []
-    print(f"queue    {_shown_queue(options.queue).replace('directory ', '', 1)}")
+    print(f"queue    {_shown_queue(options.queue)}")
     for server in servers or ["none: start one with wsqueue serve"]:
         print(f"server   {server}")
     print(f"backlog  {backlog.waiting}" + (f", the oldest waits for {backlog.oldest:.1f} s" if backlog.waiting else ""))
-    hint = ", see failed/*.reason" if backlog.failed and isinstance(queue, DirectoryQueue) else ""
-    print(f"failed   {backlog.failed}{hint}")
+    print(f"failed   {backlog.failed}" + (hint if backlog.failed else ""))
     return 0 if servers else 1
 
 

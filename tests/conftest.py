@@ -56,28 +56,22 @@ def chromium(tmp_path_factory):
 # ---- Brokers: one of each for all tests, which nobody ends -------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def redis_broker(tmp_path_factory):
-    if not REDIS:
-        pytest.skip("needs Debian's redis-server")
-    with redis_server(tmp_path_factory.mktemp("redis")) as broker:
-        yield broker
+def _broker(package, server, *programs):
+    """A fixture; programs: their paths, or None."""
+
+    @pytest.fixture(scope="session")
+    def broker(tmp_path_factory):
+        if not all(programs):
+            pytest.skip(f"needs Debian's {package}")
+        with server(tmp_path_factory.mktemp(package)) as running:
+            yield running
+
+    return broker
 
 
-@pytest.fixture(scope="session")
-def postgres_broker(tmp_path_factory):
-    if not POSTGRES:
-        pytest.skip("needs Debian's postgresql")
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as broker:
-        yield broker
-
-
-@pytest.fixture(scope="session")
-def rabbitmq_broker(tmp_path_factory):
-    if not (RABBITMQ and EPMD):
-        pytest.skip("needs Debian's rabbitmq-server")
-    with rabbitmq_server(tmp_path_factory.mktemp("rabbitmq")) as broker:
-        yield broker
+redis_broker = _broker("redis-server", redis_server, REDIS)
+postgres_broker = _broker("postgresql", postgres_server, POSTGRES)
+rabbitmq_broker = _broker("rabbitmq-server", rabbitmq_server, RABBITMQ, EPMD)
 
 
 @pytest.fixture(params=["directory", "sqlite", "postgresql", "redis", "amqp"])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,20 @@ def eventually(condition, timeout=10.0, what=""):
         if time.monotonic() >= deadline:
             raise AssertionError(f"not within {timeout * TIME_UNIT:g} s: {what or condition}")
         time.sleep(0.005)
+
+
+@contextmanager
+def consumers(make):
+    """What make(...) returns is opened, and closed when the block ends."""
+    with ExitStack() as opened:
+
+        def opener(*args, **options):
+            queue = make(*args, **options)
+            queue.open()
+            opened.callback(queue.close)
+            return queue
+
+        yield opener
 
 
 def put_in_the_way_of(directory):

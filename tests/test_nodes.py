@@ -827,6 +827,19 @@ def test_who_lacks_what_was_removed_is_told(bus):
 @on(*SHARED)
 def test_what_was_removed_before_a_node_had_sent_it_is_no_silent_hole(bus):
     """While it was dead: who goes on there is told, others get what is left, and the log says it."""
+    last = seen_before_a_node_died(bus)
+    put(bus.url, 1, 2, 3)
+    bus.trim(1)
+    with node_without_broker(bus.url, "a") as server:
+        with followers(server.url, last) as clients:
+            for again in clients:
+                assert judge_holes(1, what_comes(again, bus.url))
+        assert judge_holes(1, coming_back(server, bus.url, last))  # once all is sent, too
+        assert "WARNING" in server.stderr_text()
+
+
+def seen_before_a_node_died(bus):
+    """Event 0 is sent by node a, which is killed; the id with which a client comes that got it."""
     with node(bus.url, "a") as server:
         with Follower(server.url) as client:
             client.hello()
@@ -834,14 +847,7 @@ def test_what_was_removed_before_a_node_had_sent_it_is_no_silent_hole(bus):
             client.payloads(1)
         all_sent(bus.url, "a")
         kill(server)
-    put(bus.url, 1, 2, 3)
-    bus.trim(1)
-    with node_without_broker(bus.url, "a") as server:
-        with followers(server.url, client.last) as clients:
-            for again in clients:
-                assert judge_holes(1, what_comes(again, bus.url))
-        assert judge_holes(1, coming_back(server, bus.url, client.last))  # once all is sent, too
-        assert "WARNING" in server.stderr_text()
+    return client.last
 
 
 def judge_holes(due, received):
@@ -862,19 +868,13 @@ def judge_holes(due, received):
 @on(*SHARED)
 def test_a_hole_is_told_of_also_when_it_is_the_end_of_the_history(bus):
     """The history has room for what came after the hole, and for nothing before it."""
-    with node(bus.url, "a") as server:
-        with Follower(server.url) as client:
-            client.hello()
-            put(bus.url, 0)
-            client.payloads(1)
-        all_sent(bus.url, "a")
-        kill(server)
+    last = seen_before_a_node_died(bus)
     put(bus.url, 1, 2, 3, 4, 5)
     bus.trim(3)
     with node(bus.url, "a", "--history-events", 3) as server, Follower(server.url) as witness:
         witness.hello()
         all_sent(bus.url, "a")
-        assert judge_holes(1, coming_back(server, bus.url, client.last))
+        assert judge_holes(1, coming_back(server, bus.url, last))
 
 
 @on(*SHARED)

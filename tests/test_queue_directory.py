@@ -19,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 import wsqueue
-from helpers import ROOT, TIME_UNIT, eventually
+from helpers import ROOT, TIME_UNIT, consumers, eventually
 from wsqueue import DirectoryQueue, EventError, QueueError, name_stamp, open_queue, queue_event, queue_events
 
 TICK = 0.125  # poll_interval where clocks are injected; a sum of such ticks is exact in binary
@@ -277,18 +277,13 @@ def folder(base, clock):
 @pytest.fixture
 def make_queue(folder, clock):
     """Opens queues on the folder, with the injected clocks unless told otherwise, and closes them."""
-    opened = []
 
     def make(**options):
         settings = {"clock": clock.wall, "monotonic": clock.monotonic, "poll_interval": TICK, **options}
-        queue = DirectoryQueue(str(folder.path), **settings)
-        queue.open()
-        opened.append(queue)
-        return queue
+        return DirectoryQueue(str(folder.path), **settings)
 
-    yield make
-    for queue in opened:
-        queue.close()
+    with consumers(make) as opener:
+        yield opener
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ import redis
 
 import wsqueue
 from clients import PATIENCE, Follower, RawClient, serving
-from helpers import TIME_UNIT, eventually, run_cli, spawn_server
+from helpers import TIME_UNIT, consumers, eventually, run_cli, spawn_server
 from test_cli import complaint, environment
 from test_queue_directory import (
     assert_clear,
@@ -236,17 +236,12 @@ def at_node(url, node="one"):
 @pytest.fixture
 def make_queue(queue_url):
     """Opens consumers of the queue, and closes them."""
-    opened = []
 
     def make(node="one", url=queue_url, **options):
-        queue = open_queue(url, **{**at_node(url, node), **options})
-        queue.open()
-        opened.append(queue)
-        return queue
+        return open_queue(url, **{**at_node(url, node), **options})
 
-    yield make
-    for queue in opened:
-        queue.close()
+    with consumers(make) as opener:
+        yield opener
 
 
 @pytest.fixture
@@ -1290,6 +1285,14 @@ def assert_told_and_complete(events, last, most_kept):
     assert most_kept <= len(numbers) < last
 
 
+def assert_said_once(queue, url, caplog, last, least):
+    """That entries were removed: by a reset, and in the log; then all goes on as if nothing had been."""
+    assert_told_and_complete(up_to_mark(queue, url), last, least)
+    assert_clear(*ours(caplog, "WARNING"), "keep_events", "keep_seconds")
+    assert queue_event(url, "e", last + 1)
+    assert payloads(up_to_mark(queue, url)) == [last + 1], "it is said once"
+
+
 @pytest.fixture
 def others_remove(make_queue, monkeypatch):
     """A node that begins now does, and those that run already do not."""
@@ -1317,11 +1320,7 @@ def test_a_node_that_was_down_for_too_long_says_so(queue_url, make_queue, others
         assert queue_event(url, "e", number)
     others_remove(url)
     caplog.clear()
-    again = make_queue(url=url)
-    assert_told_and_complete(up_to_mark(again, url), 499, 99)
-    assert_clear(*ours(caplog, "WARNING"), "keep_events", "keep_seconds")
-    assert queue_event(url, "e", 500)
-    assert payloads(up_to_mark(again, url)) == [500], "it is said once"
+    assert_said_once(make_queue(url=url), url, caplog, 499, 99)
 
 
 @only(*SHARED)
@@ -1405,11 +1404,7 @@ def test_a_node_of_rabbitmq_whose_queue_was_full_says_so(queue_url, make_queue, 
     first.close()
     for number in range(200):
         assert queue_event(url, "e", number)
-    again = make_queue(url=url)
-    assert_told_and_complete(up_to_mark(again, url), 199, 49)
-    assert_clear(*ours(caplog, "WARNING"), "keep_events", "keep_seconds")
-    assert queue_event(url, "e", 200)
-    assert payloads(up_to_mark(again, url)) == [200], "it is said once"
+    assert_said_once(make_queue(url=url), url, caplog, 199, 49)
 
 
 @only(*SHARED)
