@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from wsqueue import Event, EventError, UnfinishedError, encode_record, make_event, parse_events
+from wsqueue import MIB, Event, EventError, UnfinishedError, encode_batch, make_event, parse_events
 
 DATA = Path(__file__).resolve().parent / "data"
 VALID = sorted((DATA / "valid").glob("*.json"))
@@ -24,6 +24,11 @@ STAMP = 1500000000.25  # stands in where the file says nothing about time
 def parse(text, event_id="id", stamp=STAMP):
     """The events in the text of a file."""
     return parse_events(text.encode("utf-8"), event_id, stamp)
+
+
+def encode_record(name, payload, to, now):
+    """One event as an event file holds it."""
+    return encode_batch([(name, payload)], to, now, MIB)
 
 
 def message(event):
@@ -323,6 +328,13 @@ def test_what_json_cannot_hold_is_refused_with_the_name_of_the_event(make, what)
     with pytest.raises(EventError, match="'order_paid'") as caught:
         make("order_paid", REFUSED[what], None, NOW)
     assert_is_a_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_of_a_batch_the_event_at_fault_is_named(what):
+    """A thousand events are one call: which of them is it?"""
+    with pytest.raises(EventError, match="'order_paid'"):
+        encode_batch([("before", 1), ("order_paid", REFUSED[what]), ("after", 2)], None, NOW, MIB)
 
 
 def test_half_a_character_is_written_as_an_escape():

@@ -611,8 +611,10 @@ def test_an_event_larger_than_the_history_is_sent_all_the_same(directory):
         before = position(server)
         with Follower(server.url) as client:
             client.hello()
-            put(directory, 0)  # once it has this, it is sent what comes, and does not get it from the history
+            put(directory, 0)
             assert client.payloads(1)[0][0] == 0
+            # From then on it is sent what comes, and does not get it from the history.
+            eventually(lambda: len(server.registry.audience()) == 1, what="a client that has caught up")
             put(directory, 1, size=100 * KIB)
             assert client.payloads(1)[0][0] == 1
         put(directory, 2)
