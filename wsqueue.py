@@ -2853,7 +2853,7 @@ class IOThread:
             return
         if not self._to_tick:
             self._to_tick = list(self._parked)
-            self._tick_seconds = 1.0 / (len(self._to_tick) // TICK_PART + 1)
+            self._tick_seconds = 1.0 / max(1, -(-len(self._to_tick) // TICK_PART))
         self._next_tick = now + self._tick_seconds
         for conn in self._to_tick[-TICK_PART:]:
             self._guarded(Connection.tick, conn, now)  # what it changes, it has settled through refresh()
