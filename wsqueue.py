@@ -121,6 +121,7 @@ SENDER_PART = 64          # connections that a sender takes at a time, so that t
 SENDERS_FROM = 256        # clients from which a second sender pays: to wake it takes as long as ten sends
 TICK_PART = 1000          # connections looked at in one go: to look at 10,000 would hold up an event for 8 ms
 SPARE_FILES = 16          # descriptors that clients do not get: without them the queue cannot be read
+ACCEPTS = 64              # connections accepted in one go
 BACKLOG = 1024            # connections the kernel holds for accept(); websocket_server's default is 5
 STANDBY_SECONDS = 0.5     # how often a server that stands by looks whether the one that serves has gone
 DEFLATE_LEVEL = 6         # zlib's default; 9 takes twice the time for 1 % less
@@ -636,9 +637,13 @@ def serving_process(directory: str) -> str | None:
 
 
 class Waker:
-    """A descriptor that any thread can make readable: how a selector is interrupted."""
+    """A descriptor that any thread can make readable: how a selector is interrupted.
+
+    What is to be looked at is noted before set(), and looked at after clear(): so set() may do nothing where it is set.
+    """
 
     def __init__(self) -> None:
+        self._is_set = False  # or about to be
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -647,12 +652,15 @@ class Waker:
         return self._reader.fileno()
 
     def set(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is set already; closed: nobody waits any more
-            self._writer.send(b"\0")
+        if not self._is_set:  # a send() takes 15 µs, and in a rush each connection asks for one
+            self._is_set = True
+            with contextlib.suppress(OSError):  # closed: nobody waits any more
+                self._writer.send(b"\0")
 
     def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._reader.recv(64 * KIB)
+            self._reader.recv(KIB)
+        self._is_set = False  # not before: who sets it in between would have his byte taken, and all after him none
 
     def close(self) -> None:
         self._reader.close()
@@ -3173,16 +3181,22 @@ class _Listener:
     socket: Any
     core: WebSocketServer
     _quiet_until = 0.0
+    _is_rush = False  # another connection may be there already
 
     def _handle_request_noblock(self) -> None:
-        """socketserver's: accept one connection and process it."""
-        with _FORK_LOCK:
-            super()._handle_request_noblock()  # type: ignore[misc]
+        """socketserver's: accept one connection and process it; here what is there, without another select()."""
+        for _ in range(ACCEPTS):
+            with _FORK_LOCK:
+                super()._handle_request_noblock()  # type: ignore[misc]
+            if not self._is_rush:
+                return
 
     def get_request(self) -> Any:
+        self._is_rush = False
         try:
             sock, address = self.socket.accept()
             if sock.fileno() < descriptors() - SPARE_FILES:
+                self._is_rush = True
                 return sock, address
             sock.close()
             raise OSError(errno.EMFILE, "too many clients")
