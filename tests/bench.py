@@ -2,9 +2,9 @@
 """Measures wsqueue beside its peers: all sides in one run, in alternating rounds, medians and p99 in a table.
 
     python tests/bench.py latency     from queue_event, `mv` and PHP to one idle client
-    python tests/bench.py fanout      one event to 1,000 clients
+    python tests/bench.py fanout      one event to 1,000 and to 9,000 clients
     python tests/bench.py target      one event to one user among 10,000 idle clients
-    python tests/bench.py burst       10,000 events through the directory to 500 clients
+    python tests/bench.py burst       10,000 events through the directory to 500 and to 1,000 clients
     python tests/bench.py memory      resident memory per idle client, 5,000 clients
     python tests/bench.py connect     opening 5,000 connections
     python tests/bench.py publish     the producer's side: queue_event, queue_events, import
@@ -18,9 +18,10 @@
     python tests/bench.py all         every one of them
 
 `--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
-the like replace the sizes in SIZES. Needs websockets and websocket-server from PyPI, and a C compiler for the
-load client (bench_load.c), which runs in its own process and counts messages without looking at them. `queues` starts
-brokers of its own, and needs what the tests need for them (see tests/run).
+the like replace the sizes in SIZES; several are written 1000,9000. Needs websockets and websocket-server from PyPI,
+nginx with nchan, and a C compiler for the load client (bench_load.c), which runs in its own process and counts
+messages without looking at them. `queues` starts brokers of its own, and needs what the tests need for them (see
+tests/run). No side compresses (but for `deflate`), and all set TCP_NODELAY, but for nchan, which cannot.
 Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
 comes twice or out of order, or a client that reads is disconnected, the run ends with an error instead of figures.
 """
@@ -35,6 +36,7 @@ import itertools
 import json
 import os
 import platform
+import pwd
 import random
 import re
 import resource
@@ -44,7 +46,6 @@ import shutil
 import signal
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -59,11 +60,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # subcommand: setting: (in full, with --quick)
-SIZES: Dict[str, Dict[str, Tuple[int, int]]] = {
+SIZES: Dict[str, Dict[str, Tuple[Any, Any]]] = {
     "latency": {"events": (100, 4), "rounds": (6, 1)},
-    "fanout": {"clients": (1_000, 20), "rounds": (100, 4)},
+    "fanout": {"clients": ([1_000, 9_000], [10, 20]), "rounds": (100, 2)},
     "target": {"clients": (10_000, 50), "events": (100, 4), "rounds": (6, 1)},
-    "burst": {"clients": (500, 10), "events": (10_000, 200), "rounds": (3, 1)},
+    "burst": {"clients": ([500, 1_000], [10, 20]), "events": (10_000, 200), "rounds": (3, 1)},
     "memory": {"clients": (5_000, 50), "seconds": (3, 0)},
     "connect": {"clients": (5_000, 50), "rounds": (5, 1)},
     "publish": {"events": (500, 50), "rounds": (20, 2)},
@@ -159,6 +160,7 @@ MAKERS: Dict[str, Callable[[int, int, int], Events]] = {"pad": make_events, "rec
 class Side:
     label: str
     url: str
+    most = 10**6  # clients that it can bear
     deflates = False  # if the client offers it
     send: Callable[[str, Any], Any]
 
@@ -169,6 +171,13 @@ class Side:
             self.send(event, payload)
         return start, now()
 
+    def pids(self) -> List[int]:
+        """The processes that hold its clients."""
+        return [os.getpid()]
+
+    def close(self) -> None:
+        """End what outlives this process."""
+
 
 class Ours(Side):
     label = "wsqueue"
@@ -176,7 +185,7 @@ class Ours(Side):
 
     def __init__(self) -> None:
         from wsqueue import WebSocketServer
-        self.server = WebSocketServer(**self.settings).host("127.0.0.1").port(0)
+        self.server = WebSocketServer(ping_interval=0, **self.settings).host("127.0.0.1").port(0)
         self.server.start(background=True)
         self.url, self.send = self.server.url, self.server.broadcast
 
@@ -190,39 +199,17 @@ class OursDeflate(Ours):
 
 
 class Floor(Side):
-    """The least that a loop in Python can do: one `send` per client, of a frame made beforehand."""
+    """The least that one thread can do: one `send` per client, of a frame made beforehand. See bench_floor.c."""
 
-    label = "bare `send` loop"
-
-    def __init__(self) -> None:
-        self.clients: List[socket.socket] = []
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.url = f"ws://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            client = self.listener.accept()[0]
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client.recv(4096)  # the load client sends its request in one piece
-            client.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
-            self.clients.append(client)
-
-    def broadcast(self, events: Events) -> Span:
-        texts = [text_of(*event).encode() for event in events]
-        frames = [struct.pack("!BBH", 0x81, 126, len(text)) + text for text in texts]
-        start = now()
-        for frame in frames:
-            for client in self.clients:
-                client.send(frame)
-        return start, now()
+    label = "bare `send` loop, C"
 
 
 class Stock(Side):
-    label = "websocket-server"
+    label, most = "websocket-server", 1_000
 
     def __init__(self) -> None:
-        from websocket_server import WebsocketServer
+        from websocket_server import WebSocketHandler, WebsocketServer
+        WebSocketHandler.disable_nagle_algorithm = True  # the others do not wait for an ACK, either
         self.server = WebsocketServer(host="127.0.0.1", port=0)
         self.server.run_forever(threaded=True)
         self.url = f"ws://127.0.0.1:{self.server.port}"
@@ -234,6 +221,7 @@ class Stock(Side):
 class Websockets(Side):
     label = "websockets, asyncio"
     compression: Optional[str] = None  # the others do not compress
+    ping_interval: Optional[float] = None  # a ping would fall into another side's round
 
     def __init__(self) -> None:
         self.clients: Any = set()
@@ -243,7 +231,8 @@ class Websockets(Side):
 
     async def _listen(self) -> str:
         from websockets.asyncio.server import serve
-        self.server = await serve(self._stay, "127.0.0.1", 0, compression=self.compression)
+        self.server = await serve(self._stay, "127.0.0.1", 0, compression=self.compression,
+                                  ping_interval=self.ping_interval)
         return f"ws://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
 
     async def _stay(self, client: Any) -> None:
@@ -263,19 +252,154 @@ class Websockets(Side):
         return start, now()
 
 
+class WebsocketsAsStarted(Websockets):
+    """With its keep-alive."""
+
+    ping_interval = 20
+
+
 class WebsocketsDeflate(Websockets):
     """Its broadcast() compresses once for every client, because each has a window of its own."""
 
     label, compression, deflates = "websockets, deflate", "deflate", True
 
 
-SIDES: Tuple[Type[Side], ...] = (Floor, Ours, Websockets, Stock)
+class WebsocketsThreads(Side):
+    """A thread for each client, and a loop over all of them."""
+
+    label, most = "websockets, threads", 1_000
+
+    def __init__(self) -> None:
+        from websockets.sync.server import serve
+        self.clients: Any = []
+        self.server = serve(self._stay, "127.0.0.1", 0, compression=None, ping_interval=None)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}"
+
+    def _stay(self, client: Any) -> None:
+        self.clients.append(client)
+        for _ in client:
+            pass
+
+    def send(self, event: str, payload: Any) -> None:
+        text = text_of(event, payload)
+        for client in self.clients:
+            client.send(text)
+
+
+NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")  # not on everybody's PATH
+NCHAN = next(Path("/usr").glob("lib*/nginx/modules/ngx_nchan_module.so"), None)
+
+# The buffer holds whatever is on its way, so that nothing is lost. With reuseport each worker has its share of clients.
+NCHAN_CONFIGURATION = """
+load_module {module};
+user {user};
+worker_processes 2;
+worker_rlimit_nofile {files};
+daemon off;
+pid {directory}/pid;
+events {{ worker_connections {files}; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    client_body_temp_path {directory}/body;
+    nchan_shared_memory_size 1g;
+    nchan_message_buffer_length 100000;
+    nchan_message_timeout 10m;
+    server {{
+        listen 127.0.0.1:{port} reuseport backlog=4096;
+        location = /publish {{ nchan_publisher http; nchan_channel_id bench; }}
+        location = / {{
+            nchan_subscriber websocket;
+            nchan_channel_id bench;
+            nchan_subscriber_first_message newest;
+        }}
+    }}
+}}
+"""
+
+
+class Nchan(Side):
+    """nginx with two workers; what is published goes there by HTTP, on one connection that is kept."""
+
+    label = "nginx with nchan"
+    pipelined = 256  # requests that are sent before their responses are read
+
+    def __init__(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="wsqueue-bench-nginx-")
+        port, log = free_port(), Path(self.directory, "log")
+        self.url = f"ws://127.0.0.1:{port}"
+        configuration = Path(self.directory, "nginx.conf")
+        configuration.write_text(NCHAN_CONFIGURATION.format(
+            module=NCHAN, user=pwd.getpwuid(os.getuid()).pw_name, directory=self.directory, port=port,
+            files=resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        command = [str(NGINX), "-p", self.directory, "-c", str(configuration), "-e", str(log)]
+        self.nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self.publisher = self._connect(port, log)
+        self.responses = self.publisher.makefile("rb")
+
+    def _connect(self, port: int, log: Path) -> socket.socket:
+        for _ in range(1000):
+            with contextlib.suppress(ConnectionRefusedError):
+                publisher = socket.create_connection(("127.0.0.1", port))
+                publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return publisher
+            if self.nginx.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise Wrong(f"nginx does not listen: {log.read_text()}")
+
+    def broadcast(self, events: Events) -> Span:
+        """The clock starts when the first request is sent."""
+        texts = [text_of(*event).encode() for event in events]
+        requests = [b"POST /publish HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)
+                    for text in texts]
+        start = now()
+        for first in range(0, len(requests), self.pipelined):
+            batch = requests[first:first + self.pipelined]
+            self.publisher.sendall(b"".join(batch))
+            for _ in batch:
+                self._read_response()
+        return start, now()
+
+    def _read_response(self) -> None:
+        status, length = self.responses.readline(), 0
+        for line in iter(self.responses.readline, b"\r\n"):
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.partition(b":")[2])
+        self.responses.read(length)
+        if not status.startswith(b"HTTP/1.1 20"):
+            raise Wrong(f"nchan does not take an event: {status!r}")
+
+    def pids(self) -> List[int]:
+        """nginx's, without that of the publisher."""
+        children = Path(f"/proc/{self.nginx.pid}/task/{self.nginx.pid}/children").read_text()
+        return [self.nginx.pid, *map(int, children.split())]
+
+    def close(self) -> None:
+        self.nginx.terminate()
+        self.nginx.wait()
+        shutil.rmtree(self.directory)
+
+
+SIDES: Tuple[Type[Side], ...] = (Floor, Ours, Nchan, Websockets, WebsocketsThreads, Stock)
 DEFLATE_SIDES: Tuple[Type[Side], ...] = (OursPlain, OursDeflate, WebsocketsDeflate)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def run_side(name: str) -> None:
-    side = next(side for side in SIDES + DEFLATE_SIDES if side.__name__ == name)()
-    print("listening on", side.url, flush=True)
+    side = next(side for side in (*SIDES, *DEFLATE_SIDES, WebsocketsAsStarted) if side.__name__ == name)()
+
+    def leave(*_: Any) -> None:
+        side.close()
+        os._exit(0)  # a thread for each client would be waited for
+
+    signal.signal(signal.SIGTERM, leave)
+    print("listening on", side.url, *side.pids(), flush=True)
     events: Events = []
     for line in sys.stdin:
         if line == "send\n":
@@ -284,6 +408,7 @@ def run_side(name: str) -> None:
             kind, *numbers = line.split()
             events = MAKERS[kind](*map(int, numbers))
             print("made", flush=True)
+    leave()
 
 
 # ---- Processes that this one starts, commands and ends ---------------------------------------------------
@@ -328,9 +453,6 @@ class Child:
             self.process.communicate()
         self.log.close()
 
-    def resident_kb(self) -> int:
-        return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0])
-
     def cpu_seconds(self) -> float:
         """User and system time of all its threads, in nanoseconds where /proc/PID/stat has ticks of 10 ms."""
         return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3), which Python has for threads alone
@@ -339,17 +461,27 @@ class Child:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
-class Server(Child):
-    """A side, listening."""
+def status_kb(pid: int, name: str) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split(f"\n{name}:")[1].split()[0])
 
-    def __init__(self, label: str, *command: Any, **popen: Any) -> None:
-        super().__init__(sys.executable, *command, **popen)
-        self.label = label
+
+class Server(Child):
+    """A side, listening. It bears `most` clients, which the processes `pids` hold."""
+
+    def __init__(self, label: str, *command: Any, most: int = Side.most, **popen: Any) -> None:
+        super().__init__(*command, **popen)
+        self.label, self.most = label, most
         try:
-            self.port = int(self.read_line()[-1].rpartition(":")[2])
+            url, *pids = self.read_line()[2:]
         except BaseException:
             self.end()
             raise
+        self.port, self.pids = int(url.rpartition(":")[2]), list(map(int, pids)) or [self.pid]
+
+    def resident_kb(self) -> int:
+        """VmRSS; the memory that several processes share counts once."""
+        parts = [[status_kb(pid, name) for pid in self.pids] for name in ("RssAnon", "RssFile", "RssShmem")]
+        return sum(parts[0]) + sum(parts[1]) + max(parts[2])
 
     def make(self, count: int, size: int, kind: str = "pad", first: int = 0) -> None:
         """Have the events ready that send() will send, so that it is only sending that is measured."""
@@ -364,12 +496,14 @@ class Server(Child):
         return self.send()
 
 
+SERVE = (sys.executable, ROOT / "wsqueue.py", "serve", "--host", "127.0.0.1", "--port", 0)
+
+
 class DirectoryServer(Server):
     """`wsqueue.py serve`, broadcasting what is put in its directory."""
 
     def __init__(self, queue: Path, *flags: Any, backlog: bool = False) -> None:
-        address = ("--host", "127.0.0.1", "--port", 0)
-        super().__init__("wsqueue", ROOT / "wsqueue.py", "serve", *address, "--queue", queue, *flags)
+        super().__init__("wsqueue serve", *SERVE, "--queue", queue, *flags)
         self.queue, self.backlog = queue, backlog
 
     def broadcast(self, count: int, size: int = 200) -> Span:
@@ -417,10 +551,10 @@ class Load(Child):
         self.clients += clients
         return (end - start) / 1e9
 
-    def expect(self, messages: int, *, every: bool = False, check: bool = False, spin: bool = False) -> None:
-        """Count from here. See bench_load.c for what `every`, `check` and `spin` do."""
+    def expect(self, messages: int, *, every: bool = False, check: bool = False) -> None:
+        """Count from here. See bench_load.c for what `every` and `check` do."""
         self.messages = messages
-        stray = self.ask("expect", messages, int(every), int(check), int(spin), self.result_file)[0]
+        stray = self.ask("expect", messages, int(every), int(check), self.result_file)[0]
         if stray != "0":
             raise Wrong(f"{stray} messages more than were sent")
 
@@ -448,11 +582,8 @@ Kept = TypeVar("Kept", bound=Child)
 class Run:
     """The sizes of one subcommand and everything it starts; end() leaves nothing behind."""
 
-    def __init__(self, sizes: Dict[str, int]) -> None:
-        self.clients, self.events = sizes.get("clients", 0), sizes.get("events", 0)
-        self.rounds, self.seconds = sizes.get("rounds", 1), sizes.get("seconds", 0)
-        self.stalled, self.silent = sizes.get("stalled", 0), sizes.get("silent", 0)
-        self.backlog, self.batches = sizes.get("backlog", 0), sizes.get("batches", 0)
+    def __init__(self, sizes: Dict[str, Any]) -> None:
+        vars(self).update(sizes)  # run.clients, run.events and the like
         self.children: List[Child] = []
         self.numbers = itertools.count()
         self.directory = Path(tempfile.mkdtemp(prefix="wsqueue-bench-"))
@@ -467,7 +598,10 @@ class Run:
         return child
 
     def side(self, side: Type[Side]) -> Server:
-        return self.keep(Server(side.label, __file__, "side", side.__name__))
+        if side is Nchan and not (NGINX and NCHAN):
+            raise Wrong("nginx with nchan is missing: install it (Debian: nginx libnginx-mod-nchan)")
+        command = [self.compiled("floor")] if side is Floor else [sys.executable, __file__, "side", side.__name__]
+        return self.keep(Server(side.label, *command, most=side.most))
 
     def serve(self, *flags: Any, backlog: bool = False) -> DirectoryServer:
         return self.keep(DirectoryServer(self.new_directory(), *flags, backlog=backlog))
@@ -476,14 +610,17 @@ class Run:
         """As a user starts it: ours with a queue directory."""
         return self.serve() if side is Ours else self.side(side)
 
-    def load(self) -> Load:
-        program, source = self.directory / "load", Path(__file__).with_name("bench_load.c")
+    def compiled(self, name: str) -> Path:
+        program, source = self.directory / name, Path(__file__).with_name(f"bench_{name}.c")
         if not program.exists():
             compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
             if not compiler:
-                raise Wrong("the load client is written in C: install a C compiler (Debian: gcc libc6-dev)")
+                raise Wrong(f"{source.name} is written in C: install a C compiler (Debian: gcc libc6-dev)")
             subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
-        return self.keep(Load(program, self.directory / f"times{next(self.numbers)}"))
+        return program
+
+    def load(self) -> Load:
+        return self.keep(Load(self.compiled("load"), self.directory / f"times{next(self.numbers)}"))
 
     def audience(self, server: Server, clients: int, agreed: Optional[int] = None, paths: Sequence[str] = "/") -> Load:
         load = self.load()
@@ -625,30 +762,6 @@ def target(run: Run) -> None:
 # ---- fanout and burst --------------------------------------------------------------------------------------
 
 
-def fanout(run: Run) -> None:
-    servers = [run.side(side) for side in SIDES]
-    loads = [run.audience(server, run.clients) for server in servers]
-    taken: Dict[str, List[Tuple[int, float, int]]] = {server.label: [] for server in servers}
-    for _, (server, load) in itertools.product(range(run.rounds), zip(servers, loads)):
-        time.sleep(0.005)
-        load.expect(1, spin=True)
-        start, end = server.broadcast(1)
-        times = load.finish()
-        taken[server.label].append((end - start, statistics.median(times) - start, max(times) - start))
-    floor = [statistics.median(column) for column in zip(*taken[Floor.label])]
-    rows = []
-    for label, rounds in taken.items():
-        columns = list(zip(*rounds))
-        ratios = [bare / statistics.median(column) for bare, column in zip(floor, columns)]
-        cells = [cell for column in columns for cell in figures(column, 1e6)]
-        rows.append([label, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
-        if label == Ours.label:
-            rows[-1] += verdict("≥ 0.9", min(ratios) >= 0.9)
-    print(f"One event of 200 bytes to {run.clients} clients, {run.rounds} rounds. Milliseconds from the\n"
-          "first send until the call returns, the median and the last client have it; bare loop ÷ side.")
-    print_table("side | call | p99 | median | p99 | last | p99 | ÷ call | ÷ median | ÷ last", rows)
-
-
 def check_order(server: Server, load: Load, count: int) -> None:
     """Prove that all clients get the same and what was queued. Hashing takes time, so this is not timed."""
     load.expect(count, check=True)
@@ -658,29 +771,69 @@ def check_order(server: Server, load: Load, count: int) -> None:
         raise Wrong("the messages are not those that were queued, in their order")
 
 
-def burst(run: Run) -> None:
-    ours, produced = "wsqueue, from the directory", "wsqueue, with the `queue_event` calls"
-    servers: Dict[str, Server] = {ours: run.serve(backlog=True), produced: run.serve()}
-    servers.update((side.label, run.side(side)) for side in (Websockets, Stock, Floor))
-    loads = {label: run.audience(server, run.clients) for label, server in servers.items()}
-    for label in (ours, produced):
-        check_order(servers[label], loads[label], run.events)
-    taken: Dict[str, List[float]] = {label: [] for label in servers}
-    for _, (label, server) in itertools.product(range(run.rounds), servers.items()):
-        loads[label].expect(run.events)
-        start, _ = server.broadcast(run.events)
-        taken[label].append(max(loads[label].finish(timeout=600)) - start)
-    peer = statistics.median(taken[Websockets.label])
+def grow(audiences: Dict[Server, Load], clients: int, check: int) -> List[Server]:
+    """So many clients for each server that bears them: those are returned. Prove by so many events that they listen."""
+    servers = [server for server in audiences if clients <= server.most]
+    for server in servers:
+        audiences[server].connect(server, clients - audiences[server].clients)
+        time.sleep(0.3)  # the server's side of the last handshake
+        check_order(server, audiences[server], check)
+    return servers
+
+
+def time_event(server: Server, load: Load) -> Tuple[float, int]:
+    """Nanoseconds from the first send until the median client and the last one have one event."""
+    time.sleep(0.005)
+    load.expect(1)
+    start, _ = server.broadcast(1)
+    times = load.finish()
+    return statistics.median(times) - start, max(times) - start
+
+
+def fanout(run: Run) -> None:
+    audiences = {server: run.load() for server in (*map(run.side, SIDES), run.serve("--ping-interval", 0))}
     rows = []
-    for label, values in taken.items():
-        median = statistics.median(values)
-        rate = run.events * run.clients / median * 1e3
-        rows.append([label, *figures(values, 1e9, 3), f"{rate:.2f}", f"{peer / median:.1f}"])
-        if label == ours:
-            rows[-1] += verdict("≥ 30", peer / median >= 30)
-    print(f"{run.events} events of 200 bytes to {run.clients} clients, {run.rounds} rounds. Seconds until\n"
-          "the last client has the last byte; million deliveries a second; websockets ÷ side.")
-    print_table("side | median, s | p99, s | million/s | ÷ side", rows)
+    for clients in run.clients:
+        taken: Dict[str, List[Tuple[float, int]]] = {}
+        servers = grow(audiences, clients, 2)
+        for _, server in itertools.product(range(run.rounds), servers):
+            taken.setdefault(server.label, []).append(time_event(server, audiences[server]))
+        medians = {label: [statistics.median(column) for column in zip(*rounds)] for label, rounds in taken.items()}
+        for label, rounds in taken.items():
+            ratios = [mine / its for peer in (Floor, Nchan) for mine, its in zip(medians[label], medians[peer.label])]
+            cells = [cell for column in zip(*rounds) for cell in figures(column, 1e6)]
+            rows.append([str(clients), label, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
+            if label == Ours.label:
+                rows[-1] += verdict("≤ 0.8", max(ratios) <= 0.8)
+    print(f"One event of 200 bytes, {run.rounds} rounds. Milliseconds until the median client and the last one have\n"
+          "it, from the first `send`, HTTP request (nchan) or `queue_event` (serve); side ÷ bare loop, side ÷ nchan.")
+    print_table("clients | side | median | p99 | last | p99 | ÷ loop: median | last | ÷ nchan: median | last", rows)
+
+
+def burst(run: Run) -> None:
+    ours, produced = run.serve(backlog=True), run.serve()
+    ours.label, produced.label = "wsqueue, from the directory", "wsqueue, with the `queue_event` calls"
+    audiences = {server: run.load() for server in (ours, produced, *map(run.side, (Nchan, Websockets, Stock, Floor)))}
+    rows = []
+    for clients in run.clients:
+        events = {server: run.events if server in (ours, produced) else run.events // 10
+                  for server in grow(audiences, clients, run.events // 10)}
+        taken: Dict[Server, List[float]] = {server: [] for server in events}
+        for _, server in itertools.product(range(run.rounds), events):
+            audiences[server].expect(events[server])
+            start, _ = server.broadcast(events[server])
+            taken[server].append(max(audiences[server].finish(timeout=600)) - start)
+        rates = {server.label: events[server] * clients / statistics.median(taken[server]) for server in events}
+        for server, values in taken.items():
+            rate = rates[server.label]
+            times = [rate / rates[peer.label] for peer in (Websockets, Nchan)]
+            rows.append([str(clients), server.label, str(events[server]), *figures(values, 1e9, 3),
+                         f"{rate * 1e3:.2f}", *(f"{ratio:.1f}" for ratio in times)])
+            if server is ours:
+                rows[-1] += verdict("≥ 60, ≥ 30", times[0] >= 60 and times[1] >= 30)
+    print(f"Events of 200 bytes, {run.rounds} rounds. Seconds until the last client has the last byte; million\n"
+          f"deliveries a second, and times the peer's. The peers send a tenth of our {run.events} events.")
+    print_table("clients | side | events | median, s | p99, s | million/s | × websockets | × nchan", rows)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------
@@ -897,7 +1050,7 @@ def send_record(server: Server, load: Load, size: int, number: int) -> Tuple[flo
     """Send one; return bytes per client, the server's processor time, and when the last client had it."""
     server.make(1, size, "records", number)
     time.sleep(0.005)
-    load.expect(1, spin=True)
+    load.expect(1)
     before = server.cpu_seconds()
     start, _ = server.send()
     last = max(load.finish())
@@ -1276,7 +1429,7 @@ class QueueServer(Server):
     def __init__(self, kind: Kind) -> None:
         self.kind, self.url = kind, kind.new_url()
         environment = {**os.environ, "WS_QUEUE_PATH": self.url, "WS_NODE": "bench"}
-        super().__init__(kind.label, ROOT / "wsqueue.py", "serve", "--host", "127.0.0.1", "--port", 0, env=environment)
+        super().__init__(kind.label, *SERVE, env=environment)
 
     def broadcast(self, count: int, size: int = 200) -> Span:
         """Start the clock when all of them are in the queue."""
@@ -1406,12 +1559,24 @@ def print_machine() -> None:
         peers = [f"{name} {importlib.metadata.version(name)}" for name in ("websockets", "websocket-server")]
     except importlib.metadata.PackageNotFoundError as missing:
         raise Wrong(f"{missing.name} is missing: pip install websockets websocket-server") from None
+    if NGINX:
+        told = subprocess.run([NGINX, "-v"], stderr=subprocess.PIPE, encoding="utf-8", check=True).stderr
+        peers.append(told.split()[-1])
     print(f"CPython {platform.python_version()}, wsqueue {wsqueue.__version__}, {', '.join(peers)}")
+
+
+def check_descriptors(clients: Any) -> None:
+    most, limit = max(clients) if isinstance(clients, list) else clients, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most + 100 > limit:
+        raise Wrong(f"{most} clients need {most + 100} descriptors in each process; `ulimit -Hn` allows {limit}")
 
 
 def measure(command: str, options: argparse.Namespace) -> None:
     sizes = {name: pair[options.quick] for name, pair in SIZES[command].items()}
-    sizes.update({name: vars(options)[name] for name in sizes if vars(options)[name] is not None})
+    for name, given in vars(options).items():
+        if name in sizes and given:
+            sizes[name] = given if isinstance(sizes[name], list) else given[0]
+    check_descriptors(sizes.get("clients", 0))
     print(f"\n## {command}\n", flush=True)
     run = Run(sizes)
     try:
@@ -1433,7 +1598,7 @@ def main() -> None:
     parser.add_argument("command", choices=[*COMMANDS, "all"])
     parser.add_argument("--quick", action="store_true")
     for name in sorted({name for sizes in SIZES.values() for name in sizes}):
-        parser.add_argument(f"--{name}", type=int)
+        parser.add_argument(f"--{name}", type=lambda text: [int(number) for number in text.split(",")])
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` ends what was started
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -5,8 +5,8 @@
 
      connect PORT CLIENTS INFLIGHT OFFER PATH -> OPENED FAILED START END AGREED
                                                                PATH @FILE: each client takes the next line's
-     expect MESSAGES EVERY CHECK SPIN FILE    -> STRAY         messages since the last result
-                                 and later    -> COMPLETE OPEN ALIKE BYTES
+     expect MESSAGES EVERY CHECK FILE         -> STRAY         messages since the last result
+                            and later         -> COMPLETE OPEN ALIKE BYTES
                                                                every client has its messages or is gone
      stop                                     ends an "expect" that waits in vain
 
@@ -15,8 +15,10 @@
    the server let have it. BYTES are what all clients got since "expect": data frames with their headers.
    FILE then holds one int64 per client, the time of its last message; with EVERY=1 one per client and message
    (0: never came). With CHECK=1 every payload byte is hashed, ALIKE tells whether all clients got the same,
-   and FILE.stream holds what the first client got, one message a line. With SPIN=1 the process does not sleep
-   meanwhile: waking a sleeper costs the sender more than sending does, which remote clients would not. */
+   and FILE.stream holds what the first client got, one message a line.
+
+   The process sleeps until something comes. Waking it costs the sender, alike on every side; but were it to spin, it
+   would take one core of two away from sides with more than one thread or process. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -49,7 +51,7 @@ static int client_count, to_open, in_flight, in_flight_limit, opened, failed, of
 static int64_t connect_start;
 static char path[512], result_file[512];
 static FILE *paths;
-static int expecting, every, check, spin, incomplete, due; /* due: the result, once all are connected */
+static int expecting, every, check, incomplete, due; /* due: the result, once all are connected */
 static uint64_t expected, stray, bytes;
 static int64_t *times;
 static FILE *stream;
@@ -255,8 +257,7 @@ static void command(void) {
         paths = path[0] == '@' ? fopen(path + 1, "r") : NULL;
         if (path[0] == '@' && !paths) die(path + 1);
         if (expecting) make_room(more);
-    } else if (sscanf(line, "expect %lu %d %d %d %511[^\n]", &expected, &every, &check, &spin,
-                      result_file) == 5) {
+    } else if (sscanf(line, "expect %lu %d %d %511[^\n]", &expected, &every, &check, result_file) == 4) {
         expect();
     } else if (expecting) {
         report();
@@ -270,7 +271,7 @@ int main(void) {
     epoll_fd = epoll_create1(0);
     epoll_ctl(epoll_fd, EPOLL_CTL_ADD, 0, &on_stdin);
     for (;;) {
-        int count = epoll_wait(epoll_fd, events, 512, expecting && spin ? 0 : -1);
+        int count = epoll_wait(epoll_fd, events, 512, -1);
         for (int i = 0; i < count; i++) {
             if (events[i].data.u32 == UINT32_MAX) command();
             else on_ready(&clients[events[i].data.u32]);

@@ -23,9 +23,9 @@ def run_bench(script, command):
 
 @pytest.mark.parametrize("command, messages", [
     ("latency", None),  # four producers with PHP, three without
-    ("fanout", 4 * 4 * 20),
+    ("fanout", 7 * (2 + 2) * (10 + 20)),
     ("target", 2 * 4 + 50),
-    ("burst", (2 + 5) * 200 * 10),
+    ("burst", (2 * (200 + 20) + 4 * (20 + 20)) * (10 + 20)),
     ("memory", 50 + 50 + 10),
     ("connect", 2 * 50),
     ("publish", 0),
@@ -48,30 +48,40 @@ def test_quick_form_runs_and_delivers_everything(command, messages):
 
 BROKEN = {
     "a client is left out": (
-        "fanout", "for client in self.clients:", "for client in self.clients[1:]:",
-        "19 of 20 clients got all 1 messages, 20 are still connected"),
+        "fanout", "bench_floor.c", "int c = 0;", "int c = 1;",
+        "9 of 10 clients got all 2 messages, 10 are still connected"),
     "a compressed frame that nobody agreed on": (
-        "fanout", '"!BBH", 0x81, 126', '"!BBH", 0xC1, 126',
-        "0 of 20 clients got all 1 messages, 0 are still connected"),
+        "fanout", "bench_floor.c", "{0x81, 126", "{0xC1, 126",
+        "0 of 10 clients got all 2 messages, 0 are still connected"),
+    "an event that is not the one that was asked for": (
+        "fanout", "bench_floor.c", "first + i", "first", "the messages are not those that were queued"),
+    "a peer that loses what it has taken": (
+        "fanout", "bench.py", "nchan_channel_id bench;\n            nchan_subscriber_first",
+        "nchan_channel_id other;\n            nchan_subscriber_first",
+        "0 of 10 clients got all 2 messages, 10 are still connected"),
     "no compression where it was agreed on": (
-        "deflate", '{"deflate": True}', '{"deflate": False}', "agreed on the extensions []"),
+        "deflate", "bench.py", '{"deflate": True}', '{"deflate": False}', "agreed on the extensions []"),
     "an event of another payload": (
-        "deflate", "self.send(event, payload)", "self.send(event, [])", "what came is not what was sent"),
+        "deflate", "bench.py", "self.send(event, payload)", "self.send(event, [])", "what came is not what was sent"),
 }
 
 
-@pytest.mark.parametrize("command, good, bad, message", BROKEN.values(), ids=BROKEN)
-def test_side_that_fails_is_an_error_not_a_figure(tmp_path, command, good, bad, message):
-    """A side that does not do its job ends the run: no table can come from it."""
-    broken = tmp_path / "tests" / "bench.py"
-    broken.parent.mkdir()
-    (tmp_path / "wsqueue.py").symlink_to(BENCH.parent.parent / "wsqueue.py")
-    (broken.parent / "bench_load.c").symlink_to(BENCH.with_name("bench_load.c"))
-    source = BENCH.read_text(encoding="utf-8")
+def change(file, good, bad):
+    source = file.read_text(encoding="utf-8")
     assert source.count(good) == 1
-    source = source.replace(good, bad).replace("def finish(self, timeout: float = 60)",
-                                               "def finish(self, timeout: float = 3)")
-    broken.write_text(source, encoding="utf-8")
+    file.unlink()
+    file.write_text(source.replace(good, bad), encoding="utf-8")
+
+
+@pytest.mark.parametrize("command, name, good, bad, message", BROKEN.values(), ids=BROKEN)
+def test_side_that_fails_is_an_error_not_a_figure(tmp_path, command, name, good, bad, message):
+    """A side that does not do its job ends the run: no table can come from it."""
+    (tmp_path / "tests").mkdir()
+    for source in (BENCH.parent.parent / "wsqueue.py", *BENCH.parent.glob("bench*")):
+        shutil.copy(source, tmp_path / source.relative_to(BENCH.parent.parent))
+    broken = tmp_path / "tests" / "bench.py"
+    change(broken, "def finish(self, timeout: float = 60)", "def finish(self, timeout: float = 3)")
+    change(broken.with_name(name), good, bad)
     done = run_bench(broken, command)
     assert done.returncode == 1
     assert message in done.stderr
