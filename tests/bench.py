@@ -5,6 +5,9 @@
     python tests/bench.py fanout      one event to 1,000 and to 9,000 clients
     python tests/bench.py target      one event to one user among 10,000 idle clients
     python tests/bench.py burst       10,000 events through the directory to 500 and to 1,000 clients
+    python tests/bench.py sustained   2,000 events a second from four processes to 1,000 clients
+    python tests/bench.py drain       100,000 files that are there when the server starts
+    python tests/bench.py growth      more clients, more files, more topics: what each of them costs
     python tests/bench.py memory      resident memory per idle client, 5,000 clients
     python tests/bench.py connect     opening 5,000 connections
     python tests/bench.py publish     the producer's side: queue_event, queue_events, import
@@ -49,6 +52,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -65,6 +69,11 @@ SIZES: Dict[str, Dict[str, Tuple[Any, Any]]] = {
     "fanout": {"clients": ([1_000, 9_000], [10, 20]), "rounds": (100, 2)},
     "target": {"clients": (10_000, 50), "events": (100, 4), "rounds": (6, 1)},
     "burst": {"clients": ([500, 1_000], [10, 20]), "events": (10_000, 200), "rounds": (3, 1)},
+    "sustained": {"clients": (1_000, 20), "events": (2_000, 200), "seconds": (60, 1), "processes": (4, 4)},
+    "drain": {"events": (100_000, 500), "rounds": (3, 1)},
+    "growth": {"clients": ([1, 10, 100, 1_000, 5_000, 15_000], [1, 5, 20]), "backlogs": ([1, 1_000, 100_000], [1, 200]),
+               "topics": ([1, 100, 10_000], [1, 20]), "events": (10_000, 100), "backlog": (50_000, 500),
+               "newcomers": (1_000, 20), "rounds": (5, 1)},
     "memory": {"clients": (5_000, 50), "seconds": (3, 0)},
     "connect": {"clients": (5_000, 50), "rounds": (5, 1)},
     "publish": {"events": (500, 50), "rounds": (20, 2)},
@@ -101,13 +110,13 @@ def verdict(wanted: str, holds: bool) -> List[str]:
     return [wanted, "yes" if holds else "NO"]
 
 
-def print_table(heading: str, rows: List[List[str]]) -> None:
-    """A Markdown table; the last two columns are what must hold and whether it does."""
+def print_table(method: str, heading: str, rows: List[List[str]]) -> None:
+    """What was done, and a Markdown table; its last two columns are what must hold and whether it does."""
+    print(f"\n{textwrap.fill(method, 100)}\n")
     columns = [*heading.split(" | "), "wanted", "holds"]
     rows = [columns] + [row + [""] * (len(columns) - len(row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    print()
     for row in rows:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
@@ -438,9 +447,12 @@ class Child:
         line, _, self.unread = self.unread.partition(b"\n")
         return line.decode().split()
 
-    def ask(self, *words: Any, timeout: float = 60) -> List[str]:
+    def tell(self, *words: Any) -> None:
         assert self.process.stdin
         self.process.stdin.write((" ".join(map(str, words)) + "\n").encode())
+
+    def ask(self, *words: Any, timeout: float = 60) -> List[str]:
+        self.tell(*words)
         return self.read_line(timeout)
 
     def end(self) -> None:
@@ -506,15 +518,18 @@ class DirectoryServer(Server):
         super().__init__("wsqueue serve", *SERVE, "--queue", queue, *flags)
         self.queue, self.backlog = queue, backlog
 
-    def broadcast(self, count: int, size: int = 200) -> Span:
-        """Start the clock before the first queue_event; with a backlog, when all of them are queued."""
+    def broadcast(self, count: int, size: int = 200, topics: Sequence[Optional[str]] = (None,)) -> Span:
+        """Start the clock before the first queue_event; with a backlog, when all of them are queued.
+
+        One after the other of the topics has an event.
+        """
         from wsqueue import queue_event
         if self.backlog:
             self.process.send_signal(signal.SIGSTOP)
         events = make_events(count, size)
         start = now()
-        for event, payload in events:
-            if not queue_event(str(self.queue), event, payload):
+        for (event, payload), topic in zip(events, itertools.cycle(topics)):
+            if not queue_event(str(self.queue), event, payload, to=topic):
                 raise Wrong("queue_event returned False")
         if self.backlog:
             start = now()
@@ -551,10 +566,10 @@ class Load(Child):
         self.clients += clients
         return (end - start) / 1e9
 
-    def expect(self, messages: int, *, every: bool = False, check: bool = False) -> None:
+    def expect(self, messages: int, *, every: int = 0, check: int = 0) -> None:
         """Count from here. See bench_load.c for what `every` and `check` do."""
         self.messages = messages
-        stray = self.ask("expect", messages, int(every), int(check), self.result_file)[0]
+        stray = self.ask("expect", messages, every, check, self.result_file)[0]
         if stray != "0":
             raise Wrong(f"{stray} messages more than were sent")
 
@@ -572,7 +587,7 @@ class Load(Child):
         return array.array("q", self.result_file.read_bytes())
 
     def texts(self) -> List[bytes]:
-        """With check=True: the messages of the first client."""
+        """With `check`: the messages of the first client."""
         return Path(f"{self.result_file}.stream").read_bytes().splitlines()
 
 
@@ -701,7 +716,7 @@ def latency(run: Run) -> None:
     loads = {how: run.audience(server, 1) for how, server in servers.items()}
     taken: Dict[Tuple[str, str], List[float]] = {key: [] for key in itertools.product(producers, servers)}
     for _, (producer, how) in itertools.product(range(run.rounds), taken):
-        loads[how].expect(run.events, every=True)
+        loads[how].expect(run.events, every=1)
         stamps = list(PRODUCERS[producer](run, servers[how].queue))
         taken[producer, how] += [came - stamp for stamp, came in zip(stamps, loads[how].finish())]
     rows = []
@@ -711,10 +726,10 @@ def latency(run: Run) -> None:
             rows[-1] += verdict("p99 ≤ 110", p99(values) <= 110e6)
         elif producer != "`mv`, with its start":
             rows[-1] += verdict("≤ 0.7, p99 ≤ 3", statistics.median(values) <= 0.7e6 and p99(values) <= 3e6)
-    print(f"One client, {run.rounds * run.events} events from each producer, 2 to 12 ms apart. Milliseconds.")
-    if len(producers) < len(PRODUCERS):
-        print("PHP is not installed: its rows are left out.")
-    print_table("from | server | median | p99 | most", rows)
+    missing = " PHP is not installed: its rows are left out." if len(producers) < len(PRODUCERS) else ""
+    print_table(
+        f"One client, {run.rounds * run.events} events from each producer, 2 to 12 ms apart. Milliseconds.{missing}",
+        "from | server | median | p99 | most", rows)
 
 
 # ---- target ----------------------------------------------------------------------------------------------
@@ -744,7 +759,7 @@ def target(run: Run) -> None:
     loads = {case: run.audience(server, 1, paths=paths_of(secret, ["one"])) for case, server in servers.items()}
     taken: Dict[str, List[int]] = {case: [] for case in servers}
     for _, case in itertools.product(range(run.rounds), servers):
-        loads[case].expect(run.events, every=True)
+        loads[case].expect(run.events, every=1)
         stamps = list(queue_to(servers[case].queue, "user:one", make_events(run.events, 200)))
         taken[case] += [came - stamp for stamp, came in zip(stamps, loads[case].finish())]
     deliver_one(servers[among], others)  # an error if they have got anything before
@@ -754,9 +769,10 @@ def target(run: Run) -> None:
         rows.append([case, *figures(values, 1e6), f"{ratio:.2f}"])
         if case == among:
             rows[-1] += verdict("≤ 1.2", ratio <= 1.2)
-    print(f"From `queue_event(..., to=\"user:one\")` until that client has it, {run.rounds * run.events} events,\n"
-          "2 to 12 ms apart. Milliseconds.")
-    print_table("beside it are connected | median | p99 | ÷ nobody", rows)
+    print_table(
+        f"From `queue_event(..., to=\"user:one\")` until that client has it, {run.rounds * run.events} events, "
+        "2 to 12 ms apart. Milliseconds.",
+        "beside it are connected | median | p99 | ÷ nobody", rows)
 
 
 # ---- fanout and burst --------------------------------------------------------------------------------------
@@ -764,7 +780,7 @@ def target(run: Run) -> None:
 
 def check_order(server: Server, load: Load, count: int) -> None:
     """Prove that all clients get the same and what was queued. Hashing takes time, so this is not timed."""
-    load.expect(count, check=True)
+    load.expect(count, check=2)
     server.broadcast(count)
     load.finish()
     if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(count)):
@@ -805,9 +821,10 @@ def fanout(run: Run) -> None:
             rows.append([str(clients), label, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
             if label == Ours.label:
                 rows[-1] += verdict("≤ 0.8", max(ratios) <= 0.8)
-    print(f"One event of 200 bytes, {run.rounds} rounds. Milliseconds until the median client and the last one have\n"
-          "it, from the first `send`, HTTP request (nchan) or `queue_event` (serve); side ÷ bare loop, side ÷ nchan.")
-    print_table("clients | side | median | p99 | last | p99 | ÷ loop: median | last | ÷ nchan: median | last", rows)
+    print_table(
+        f"One event of 200 bytes, {run.rounds} rounds. Milliseconds until the median client and the last one have "
+        "it, from the first `send`, HTTP request (nchan) or `queue_event` (serve); side ÷ bare loop, side ÷ nchan.",
+        "clients | side | median | p99 | last | p99 | ÷ loop: median | last | ÷ nchan: median | last", rows)
 
 
 def burst(run: Run) -> None:
@@ -831,9 +848,248 @@ def burst(run: Run) -> None:
                          f"{rate * 1e3:.2f}", *(f"{ratio:.1f}" for ratio in times)])
             if server is ours:
                 rows[-1] += verdict("≥ 60, ≥ 30", times[0] >= 60 and times[1] >= 30)
-    print(f"Events of 200 bytes, {run.rounds} rounds. Seconds until the last client has the last byte; million\n"
-          f"deliveries a second, and times the peer's. The peers send a tenth of our {run.events} events.")
-    print_table("clients | side | events | median, s | p99, s | million/s | × websockets | × nchan", rows)
+    print_table(
+        f"Events of 200 bytes, {run.rounds} rounds. Seconds until the last client has the last byte; million "
+        f"deliveries a second, and times the peer's. The peers send a tenth of our {run.events} events.",
+        "clients | side | events | median, s | p99, s | million/s | × websockets | × nchan", rows)
+
+
+# ---- sustained -------------------------------------------------------------------------------------------
+# The producers are processes, `bench.py producer QUEUE COUNT PER_SECOND FIRST FILE`, which wait for the time at which
+# to begin. FILE then holds the time before each call.
+
+
+def steadily(count: int, per_second: float, start: float) -> Iterator[int]:
+    """Numbers, each when it is due; what is late comes at once."""
+    for number in range(count):
+        time.sleep(max(0.0, start + number / per_second - time.monotonic()))
+        yield number
+
+
+def run_producer(queue: str, count: str, per_second: str, first: str, file: str) -> None:
+    from wsqueue import queue_event
+    events, stamps = make_events(int(count), 200, int(first)), array.array("q")
+    print("ready", flush=True)
+    start = float(sys.stdin.readline())
+    for number in steadily(len(events), float(per_second), start):
+        stamps.append(now())
+        if not queue_event(queue, *events[number]):
+            sys.exit("queue_event returned False")
+    Path(file).write_bytes(stamps)
+    print("done", flush=True)
+
+
+def queue_from_processes(run: Run, queue: Path) -> "array.array[int]":
+    """Queue run.events a second for run.seconds, each process a share of them; return the time of each."""
+    each, rate = run.events * run.seconds // run.processes, run.events / run.processes
+    files = [run.new_directory() / "stamps" for _ in range(run.processes)]
+    producers = [run.keep(Child(sys.executable, __file__, "producer", queue, each, rate, number * each, file))
+                 for number, file in enumerate(files)]
+    for producer in producers:
+        producer.read_line()
+    start = time.monotonic() + 0.1
+    for number, producer in enumerate(producers):
+        producer.tell(start + number / run.events)  # so that no two are due at once
+    stamps = array.array("q")
+    for producer, file in zip(producers, files):
+        producer.read_line(run.seconds + 60)
+        stamps.frombytes(file.read_bytes())
+    return stamps
+
+
+def sustain(run: Run, server: DirectoryServer, load: Load) -> Tuple[List[Tuple[int, ...]], float]:
+    """For each event, how long after its time each tenth part of the clients had it; and the events a second."""
+    count = run.events * run.seconds
+    load.expect(count, every=max(1, load.clients // 10), check=1)
+    stamps = queue_from_processes(run, server.queue)
+    times = load.finish(timeout=300)
+    order = [json.loads(text)["payload"]["n"] for text in load.texts()]
+    if sorted(order) != list(range(count)):
+        raise Wrong("the messages are not those that were queued")
+    columns = [times[first:first + count] for first in range(0, len(times), count)]
+    waits = [tuple(came - stamps[number] for came in row) for number, row in zip(order, zip(*columns))]
+    return waits, (count - 1) * 1e9 / (max(stamps) - min(stamps))
+
+
+def sustained(run: Run) -> None:
+    servers = {"kernel wake-up": run.serve(), "poll alone": run.serve("--no-wakeup")}
+    loads = {how: run.audience(server, run.clients) for how, server in servers.items()}
+    rows = []
+    for (how, server), most in zip(servers.items(), (20, 150)):
+        waits, rate = sustain(run, server, loads[how])
+        every = list(itertools.chain.from_iterable(waits))
+        columns = (list(map(statistics.median, waits)), list(map(max, waits)), every)
+        holds = p99(every) <= most * 1e6 and rate >= 0.95 * run.events
+        rows.append([how, f"{rate:.0f}", *(cell for column in columns for cell in figures(column, 1e6)),
+                     *verdict(f"p99 ≤ {most}, ≥ {0.95 * run.events:.0f}/s", holds)])
+    print_table(
+        f"{run.events} events/s of 200 bytes, {run.processes} processes, {run.clients} clients, {run.seconds} s. "
+        "Milliseconds from just before `queue_event` until clients have it: ten of them, evenly spread, the last one "
+        "included. For each event the median of these and the last; and over all events and clients.",
+        "server | events/s | median | p99 | last | p99 | all | p99", rows)
+
+
+# ---- drain and growth ------------------------------------------------------------------------------------
+
+
+def serve_full_directory(run: Run) -> Tuple[DirectoryServer, Path]:
+    """A server that finds run.events files when it starts, and the oldest of them.
+
+    That one is unfinished: for two ticks the server sends nothing that could overtake it, and a client can connect.
+    """
+    queue = run.new_directory()
+    oldest = queue / event_name()
+    oldest.touch()
+    fill_directory(str(queue), make_events(run.events - 1, 200, 1))
+    return run.keep(DirectoryServer(queue, "--poll-interval", 5)), oldest
+
+
+def time_drain(run: Run) -> Tuple[int, int]:
+    """Nanoseconds until one client has everything, from when the oldest file is finished; and the server's peak."""
+    server, oldest = serve_full_directory(run)
+    load = run.audience(server, 1)
+    load.expect(run.events, check=1)
+    finished = run.new_directory() / "finished"
+    finished.write_text(text_of(*make_events(1, 200)[0]))
+    start = now()
+    finished.rename(oldest)
+    took = max(load.finish(timeout=300)) - start
+    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(run.events)):
+        raise Wrong("the messages are not those that were queued, in their order")
+    peak = status_kb(server.pid, "VmHWM")
+    load.end()
+    server.end()
+    return took, peak
+
+
+def drain(run: Run) -> None:
+    server = run.serve()
+    deliver_one(server, run.audience(server, 1))
+    idle = server.resident_kb()
+    took, peaks = zip(*(time_drain(run) for _ in range(run.rounds)))
+    rates, growth_mb = [run.events * 1e9 / each for each in took], (max(peaks) - idle) / 1024
+    holds = statistics.median(rates) >= 20_000 and growth_mb <= 50
+    print_table(
+        f"{run.events} files of 200 bytes are there when `serve` starts, one client, {run.rounds} rounds; until that "
+        "has the last one. The peak of the server's memory is over what an idle server has.",
+        "median, events/s | least | idle, MB | peak, MB more", [[
+        f"{statistics.median(rates):.0f}", f"{min(rates):.0f}", f"{idle / 1024:.1f}", f"{growth_mb:.1f}",
+        *verdict("≥ 20000/s, ≤ 50 MB", holds)]])
+
+
+def flat(row: List[str], value: float, base: float) -> List[str]:
+    """The row, with its ratio to what it costs where there is less of everything."""
+    return [*row, f"{value / base:.2f}", *verdict("≤ 1.25", value <= 1.25 * base)]
+
+
+def grow_clients(run: Run) -> None:
+    server, rows, first, base = run.serve("--ping-interval", 0), [], 0.0, 0.0
+    audiences = {server: run.load()}
+    for clients in run.clients:
+        grow(audiences, clients, 2)
+        taken = [time_event(server, audiences[server]) for _ in range(10 * run.rounds)]
+        last = statistics.median(last for _, last in taken)
+        first = first or last
+        each = (last - first) / max(1, clients - run.clients[0])
+        row = [str(clients), *(cell for column in zip(*taken) for cell in figures(column, 1e6)), f"{each / 1e3:.2f}"]
+        if clients >= 1_000:
+            base = base or each
+            row = flat(row, each, base)
+        rows.append(row)
+    print_table(
+        f"From `queue_event` until the median client and the last one have it, {10 * run.rounds} rounds. Milliseconds; "
+        "microseconds for each client beyond the first, and how many times those with 1,000.",
+        "clients | median | p99 | last | p99 | each, µs | ÷ 1,000", rows)
+
+
+def time_events(server: DirectoryServer, load: Load, count: int, topics: Sequence[Optional[str]] = (None,)) -> int:
+    """Nanoseconds until each client has its share of so many events that wait."""
+    load.expect(count // len(topics) if topics[0] else count)
+    start, _ = server.broadcast(count, topics=topics)
+    return max(load.finish(timeout=300)) - start
+
+
+def grow_backlog(run: Run) -> None:
+    server, rows, base = run.serve(backlog=True), [], 0.0
+    load = run.audience(server, 1)
+    time_events(server, load, 1_000)  # the history is full from now on
+    for files in run.backlogs:
+        each = [time_events(server, load, files) / files for _ in range(run.rounds)]
+        row = [str(files), *figures(each, 1e3, 1)]
+        if files >= 1_000:
+            base = base or statistics.median(each)
+            row = flat(row, statistics.median(each), base)
+        rows.append(row)
+    print_table(
+        f"So many files wait, one client, {run.rounds} rounds. Microseconds for each.",
+        "files | median | p99 | ÷ 1,000", rows)
+
+
+def grow_topics(run: Run) -> None:
+    rows, base = [], 0.0
+    for count in run.topics:
+        server, topics = run.serve("--ping-interval", 0, backlog=True), [f"/topic{n}" for n in range(count)]
+        load = run.audience(server, count, paths=topics)
+        each = [time_events(server, load, run.events, topics) / run.events for _ in range(run.rounds)]
+        row = [str(count), *figures(each, 1e3, 1)]
+        if count >= 100:
+            base = base or statistics.median(each)
+            row = flat(row, statistics.median(each), base)
+        rows.append(row)
+        load.end()
+        server.end()
+    print_table(
+        f"{run.events} events wait, one after the other for each topic, and each topic has one client, {run.rounds} "
+        "rounds. Microseconds for each event. With one topic its client gets many in one send.",
+        "topics | median | p99 | ÷ 100", rows)
+
+
+def time_beside_newcomers(run: Run, server: DirectoryServer, load: Load, newcomers: int) -> int:
+    load.expect(run.backlog)
+    start, _ = server.broadcast(run.backlog, topics=["/busy"])
+    arrivals = run.load()
+    if newcomers:
+        arrivals.connect(server, newcomers, paths=["/quiet"] * newcomers)
+    took = max(load.finish(timeout=300)) - start
+    arrivals.end()
+    return took
+
+
+def drain_beside_newcomers(run: Run) -> None:
+    server = run.serve(backlog=True)
+    load = run.audience(server, 1, paths=["/busy"])
+    taken: Dict[int, List[int]] = {0: [], run.newcomers: []}
+    for _, newcomers in itertools.product(range(run.rounds), taken):
+        taken[newcomers].append(time_beside_newcomers(run, server, load, newcomers))
+    rates = {newcomers: run.backlog * 1e9 / statistics.median(values) for newcomers, values in taken.items()}
+    ratio = rates[run.newcomers] / rates[0]
+    rows = [[str(newcomers), f"{rate:.0f}", f"{rate / rates[0]:.2f}"] for newcomers, rate in rates.items()]
+    rows[-1] += verdict("≥ 0.9", ratio >= 0.9)
+    print_table(
+        f"{run.backlog} events for a topic wait, {run.rounds} rounds. Meanwhile so many clients connect, who are not on"
+        " it.",
+        "connect meanwhile | events/s | ÷ nobody", rows)
+
+
+def check_urgent(run: Run) -> None:
+    """Prove that what is queued while many events wait comes after them."""
+    server = run.serve(backlog=True)
+    load = run.audience(server, 1)
+    load.expect(run.backlog + 1, check=1)
+    server.broadcast(run.backlog)
+    fill_directory(str(server.queue), make_events(1, 200, run.backlog))
+    load.finish(timeout=300)
+    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(run.backlog + 1)):
+        raise Wrong("an event has overtaken those that were queued before it")
+    print(f"\nOne event that is queued while {run.backlog} wait comes after them.")
+
+
+def growth(run: Run) -> None:
+    grow_clients(run)
+    grow_backlog(run)
+    grow_topics(run)
+    drain_beside_newcomers(run)
+    check_urgent(run)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------
@@ -853,7 +1109,7 @@ def path_after(place: str) -> str:
 def check_resumed(run: Run, server: Server, place: str) -> None:
     """Prove that who comes back gets what it missed, in order. It is not timed."""
     load = run.load()
-    load.expect(1 + run.events, check=True)
+    load.expect(1 + run.events, check=2)
     load.connect(server, 1, paths=[path_after(place)])
     load.finish()
     due = [payload for _, payload in make_events(run.events, 200)]
@@ -900,9 +1156,10 @@ def resume(run: Run) -> None:
     for case, rounds in taken.items():
         last, cpu = zip(*rounds)
         rows.append([case, *figures(last, 1e9, 3), *figures(cpu, 1e9, 3)])
-    print(f"{run.events} events of 200 bytes, {run.clients} clients, {run.rounds} rounds. Seconds from the first\n"
-          "event or connection until the last client has everything; and the server's processor time.")
-    print_table("clients | median | p99 | CPU | p99", rows)
+    print_table(
+        f"{run.events} events of 200 bytes, {run.clients} clients, {run.rounds} rounds. Seconds from the first "
+        "event or connection until the last client has everything; and the server's processor time.",
+        "clients | median | p99 | CPU | p99", rows)
 
 
 # ---- memory, connect and idle ----------------------------------------------------------------------------
@@ -933,8 +1190,9 @@ def memory(run: Run) -> None:
         deliver_one(server, load)
         load.end()
         server.end()
-    print(f"Clients that wait, {run.seconds} s after the last one connected.")
-    print_table("server | idle clients | RSS before, KB | after, KB | per client, KB", rows)
+    print_table(
+        f"Clients that wait, {run.seconds} s after the last one connected.",
+        "server | idle clients | RSS before, KB | after, KB | per client, KB", rows)
 
 
 def connect(run: Run) -> None:
@@ -953,8 +1211,9 @@ def connect(run: Run) -> None:
         rows.append([label, f"{median:.0f}", f"{min(values):.0f}", f"{median / peer:.2f}"])
         if label == Ours.label:
             rows[-1] += verdict("≥ 1", median >= peer)
-    print(f"{run.clients} handshakes, 64 at a time, {run.rounds} rounds, each with a fresh server.")
-    print_table("server | median, connections/s | least | ÷ websockets", rows)
+    print_table(
+        f"{run.clients} handshakes, 64 at a time, {run.rounds} rounds, each with a fresh server.",
+        "server | median, connections/s | least | ÷ websockets", rows)
 
 
 def idle(run: Run) -> None:
@@ -970,8 +1229,9 @@ def idle(run: Run) -> None:
         if server.label == Ours.label:
             rows[-1] += verdict("≤ 0.5", percent <= 0.5)
         deliver_one(server, load)
-    print(f"{run.clients} clients, nothing to send, {run.seconds} s.")
-    print_table("server | % of a core", rows)
+    print_table(
+        f"{run.clients} clients, nothing to send, {run.seconds} s.",
+        "server | % of a core", rows)
 
 
 # ---- publish ---------------------------------------------------------------------------------------------
@@ -1022,8 +1282,9 @@ def publish(run: Run) -> None:
     imports = median[import_ours] / median[import_bare]
     rows[ours] += [f"{median[ours] / median[bare]:.2f}", *verdict("≤ 45 µs", median[ours] <= 45e3)]
     rows[import_ours] += [f"{imports:.2f}", *verdict("ratio ≤ 2", imports <= 2)]
-    print(f"{run.rounds} rounds of {run.events} events of 200 bytes, not durable; batches of {run.events}.")
-    print_table("what | median, µs | p99, µs | ÷ the next row", list(rows.values()))
+    print_table(
+        f"{run.rounds} rounds of {run.events} events of 200 bytes, not durable; batches of {run.events}.",
+        "what | median, µs | p99, µs | ÷ the next row", list(rows.values()))
 
 
 # ---- deflate and threshold -------------------------------------------------------------------------------
@@ -1074,9 +1335,10 @@ def deflate(run: Run) -> None:
                      f"{ratio:.2f}", *figures(last, 1e6)])
         if size == 1024 and side is OursDeflate:
             rows[-1] += verdict("CPU ≤ 1.3", ratio <= 1.3)
-    print(f"One event of nested JSON records to {run.clients} clients that offer permessage-deflate, {run.rounds}\n"
-          "rounds. Bytes per client, the server's processor time, and when the last client has it. Milliseconds.")
-    print_table("JSON | side | bytes | ÷ plain | CPU | p99 | ÷ plain | last | p99", rows)
+    print_table(
+        f"One event of nested JSON records to {run.clients} clients that offer permessage-deflate, {run.rounds} "
+        "rounds. Bytes per client, the server's processor time, and when the last client has it. Milliseconds.",
+        "JSON | side | bytes | ÷ plain | CPU | p99 | ÷ plain | last | p99", rows)
 
 
 def open_pair() -> Tuple[socket.socket, socket.socket]:
@@ -1120,10 +1382,11 @@ def threshold(run: Run) -> None:
         rows.append([str(size), f"{plain:.0f}", f"{small:.0f}", f"{small / plain:.2f}", *cells, f"{made / send:.1f}"])
         if size >= default:
             rows[-1] += verdict("bytes ≤ 2/3", small <= plain * 2 / 3)
-    print(f"{run.events} events of each size, {run.rounds} rounds; each compressed by itself, one `send` of each.\n"
-          f"Bytes of a frame; microseconds. What is smaller than {default} bytes (deflate_min_bytes) is sent as it is.")
-    print_table("JSON | plain | deflated | ÷ plain | compress | p99 | send plain | p99 | send deflated | p99 | "
-                "compress ÷ send", rows)
+    print_table(
+        f"{run.events} events of each size, {run.rounds} rounds; each compressed by itself, one `send` of each. "
+        f"Bytes of a frame; microseconds. What is smaller than {default} bytes (deflate_min_bytes) is sent as it is.",
+        "JSON | plain | deflated | ÷ plain | compress | p99 | send plain | p99 | send deflated | p99 | "
+        "compress ÷ send", rows)
 
 
 # ---- stall -----------------------------------------------------------------------------------------------
@@ -1141,9 +1404,7 @@ def shake_hands(port: int) -> socket.socket:
 
 def queue_steadily(server: Server, count: int, size: int) -> Iterator[int]:
     """Queue events, 100 a second; yield the time of each."""
-    start = time.monotonic()
-    for number in range(count):
-        time.sleep(max(0.0, start + number / 100 - time.monotonic()))
+    for _ in steadily(count, 100, time.monotonic()):
         yield server.broadcast(1, size)[0]
 
 
@@ -1178,7 +1439,7 @@ def stall(run: Run) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(0 if case == nobody else run.stalled):
                 stack.enter_context(shake_hands(server.port))
-            loads[case].expect(run.seconds * 100, every=True)
+            loads[case].expect(run.seconds * 100, every=1)
             stamps, closed_after = queue_until_closed(server, run.seconds * 100, files)
             waits = waits_of(loads[case], stamps)
         taken[case].append((p99(waits), closed_after))
@@ -1190,9 +1451,10 @@ def stall(run: Run) -> None:
         if case != nobody:
             holds = ratio <= 1.5 and closed_after < run.seconds
             rows[-1] += [f"{closed_after:.1f}", *verdict("≤ 1.5, closed", holds)]
-    print(f"100 events/s of 4 KB to {readers} clients that read, {run.seconds} s, {run.rounds} rounds:\n"
-          f"the p99 of those, and when all {run.stalled} that do not read were closed.")
-    print_table("case | median p99, ms | worst p99, ms | ÷ nobody | closed after, s", rows)
+    print_table(
+        f"100 events/s of 4 KB to {readers} clients that read, {run.seconds} s, {run.rounds} rounds: "
+        f"the p99 of those, and when all {run.stalled} that do not read were closed.",
+        "case | median p99, ms | worst p99, ms | ÷ nobody | closed after, s", rows)
 
 
 # ---- flood -----------------------------------------------------------------------------------------------
@@ -1315,7 +1577,7 @@ def time_attacked(run: Run, server: Server, load: Load, attack: Type[Hostile]) -
     hostile = Child(sys.executable, __file__, "hostile", attack.__name__, server.port, run.silent)
     try:
         hostile.read_line()
-        load.expect(run.seconds * 100, every=True)
+        load.expect(run.seconds * 100, every=1)
         waits = waits_of(load, list(queue_steadily(server, run.seconds * 100, 200)))
         told = hostile.ask("stop")
     finally:
@@ -1341,10 +1603,11 @@ def flood(run: Run) -> None:
         rows.append([attack.label, *cells, f"{late / quiet:.1f}", rate, " ".join(ends)])
         if attack is not Hostile:
             rows[-1] += verdict("p99 ≤ 50", late <= 50e6)  # less is not noticed by an eye
-    print(f"100 events/s of 200 bytes to {run.clients} clients that only listen, {run.seconds} s, {run.rounds}\n"
-          f"rounds, while one client sends this, or opens {run.silent} connections. Milliseconds. Of the last round:\n"
-          "frames a second, and the close codes or HTTP statuses that it got, with how often.")
-    print_table("it sends | p50 | p99 | worst p99 | ÷ nothing | frames/s | closed", rows)
+    print_table(
+        f"100 events/s of 200 bytes to {run.clients} clients that only listen, {run.seconds} s, {run.rounds} rounds, "
+        f"while one client sends this, or opens {run.silent} connections. Milliseconds. Of the last round: frames a "
+        "second, and the close codes or HTTP statuses that it got, with how often.",
+        "it sends | p50 | p99 | worst p99 | ÷ nothing | frames/s | closed", rows)
 
 
 # ---- queues ----------------------------------------------------------------------------------------------
@@ -1496,7 +1759,7 @@ def time_queue(run: Run, kind: Kind) -> Tuple[int, int]:
 
 def time_sends(run: Run, server: QueueServer, load: Load) -> Tuple[List[int], List[int]]:
     """From queue_event until the client has the event; and how long the calls took."""
-    load.expect(run.events, every=True)
+    load.expect(run.events, every=1)
     spans = list(put_one_by_one(server.url, make_events(run.events, 200)))
     times = load.finish()
     return [came - start for (start, _), came in zip(spans, times)], [end - start for start, end in spans]
@@ -1525,11 +1788,12 @@ def queues(run: Run) -> None:
         for server in servers:
             server.end()
     rows = [row_of(run, kind, sends[kind.label], drains[kind.label]) for kind in all_kinds]
-    print(f"{run.rounds} rounds. {run.rounds * run.events} times from `queue_event` in one process until a client of"
-          f" `wsqueue serve`\nhas the event, 2 to 12 ms apart; {run.backlog} events of 200 bytes that wait, each an"
-          f" entry of its own, until they\nare taken, or one client has them; {run.batches} batches of 100 events."
-          " Redis with appendfsync always, PostgreSQL with fsync.")
-    print_table("queue | to client, ms | p99 | `queue_event`, µs | p99 | taken/s | to one client/s | batched/s", rows)
+    print_table(
+        f"{run.rounds} rounds. {run.rounds * run.events} times from `queue_event` in one process until a client of "
+        f"`wsqueue serve` has the event, 2 to 12 ms apart; {run.backlog} events of 200 bytes that wait, each an entry "
+        f"of its own, until they are taken, or one client has them; {run.batches} batches of 100 events. Redis with "
+        "appendfsync always, PostgreSQL with fsync.",
+        "queue | to client, ms | p99 | `queue_event`, µs | p99 | taken/s | to one client/s | batched/s", rows)
 
 
 def row_of(run: Run, kind: Kind, sends: List[Any], drains: List[Any]) -> List[str]:
@@ -1546,8 +1810,8 @@ def row_of(run: Run, kind: Kind, sends: List[Any], drains: List[Any]) -> List[st
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
-    latency, fanout, target, burst, memory, connect, publish, idle, deflate, threshold, stall, flood, resume,
-    queues)}
+    latency, fanout, target, burst, sustained, drain, growth, memory, connect, publish, idle, deflate, threshold,
+    stall, flood, resume, queues)}
 
 
 def print_machine() -> None:
@@ -1577,7 +1841,7 @@ def measure(command: str, options: argparse.Namespace) -> None:
         if name in sizes and given:
             sizes[name] = given if isinstance(sizes[name], list) else given[0]
     check_descriptors(sizes.get("clients", 0))
-    print(f"\n## {command}\n", flush=True)
+    print(f"\n## {command}", flush=True)
     run = Run(sizes)
     try:
         COMMANDS[command](run)
@@ -1592,6 +1856,9 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["hostile"]:
         run_hostile(*sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["producer"]:
+        run_producer(*sys.argv[2:])
         return
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)

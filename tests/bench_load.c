@@ -5,7 +5,7 @@
 
      connect PORT CLIENTS INFLIGHT OFFER PATH -> OPENED FAILED START END AGREED
                                                                PATH @FILE: each client takes the next line's
-     expect MESSAGES EVERY CHECK FILE         -> STRAY         messages since the last result
+     expect MESSAGES EVERY CHECK FILE         -> STRAY         messages that nobody expected until now
                             and later         -> COMPLETE OPEN ALIKE BYTES
                                                                every client has its messages or is gone
      stop                                     ends an "expect" that waits in vain
@@ -13,9 +13,9 @@
    Who connects after "expect" is expected to get as much as the others; the result then follows that of "connect".
    With OFFER=1 clients offer permessage-deflate (RFC 7692) in the words of a browser; AGREED counts those whom
    the server let have it. BYTES are what all clients got since "expect": data frames with their headers.
-   FILE then holds one int64 per client, the time of its last message; with EVERY=1 one per client and message
-   (0: never came). With CHECK=1 every payload byte is hashed, ALIKE tells whether all clients got the same,
-   and FILE.stream holds what the first client got, one message a line.
+   FILE then holds one int64 per client, the time of its last message; with EVERY=N one for each message of every
+   Nth client (0: never came). With CHECK FILE.stream holds what the first client got, one message a line; with
+   CHECK=2 every payload byte is hashed, too, and ALIKE tells whether all clients got the same.
 
    The process sleeps until something comes. Waking it costs the sender, alike on every side; but were it to spin, it
    would take one core of two away from sides with more than one thread or process. */
@@ -70,6 +70,10 @@ static void die(const char *what) {
 
 /* ---- results ---- */
 
+static size_t slots(int count) {
+    return every ? count / every * expected : (size_t)count;
+}
+
 static void report(void) {
     due = connect_start != 0;
     if (due) return;
@@ -80,7 +84,7 @@ static void report(void) {
         alike &= clients[i].hash == clients[0].hash;
     }
     FILE *file = fopen(result_file, "wb");
-    size_t count = (size_t)client_count * (every ? expected : 1);
+    size_t count = slots(client_count);
     if (!file || fwrite(times, sizeof *times, count, file) != count || fclose(file)) die(result_file);
     if (stream) fclose(stream);
     free(times);
@@ -95,7 +99,7 @@ static void expect(void) {
     for (int i = 0; i < client_count; i++) clients[i].messages = clients[i].hash = 0;
     incomplete = 0;
     for (int i = 0; i < client_count; i++) incomplete += clients[i].state == OPEN;
-    times = calloc((size_t)client_count * (every ? expected : 1) + 1, sizeof *times);
+    times = calloc(slots(client_count) + 1, sizeof *times);
     snprintf(name, sizeof name, "%s.stream", result_file);
     if (check && !(stream = fopen(name, "wb"))) die(name);
     expecting = 1;
@@ -129,7 +133,7 @@ static void take_payload(struct client *c, const unsigned char *data, size_t siz
         return;
     }
     if (!check || !expecting) return;
-    for (size_t i = 0; i < size; i++) c->hash = (c->hash ^ data[i]) * 1099511628211ULL; /* FNV-1a */
+    for (size_t i = 0; check == 2 && i < size; i++) c->hash = (c->hash ^ data[i]) * 1099511628211ULL; /* FNV-1a */
     if (c == clients) fwrite(data, 1, size, stream);
 }
 
@@ -146,8 +150,9 @@ static void end_frame(struct client *c, int64_t now) {
     }
     if (check && c == clients) fputc('\n', stream);
     size_t i = c - clients;
-    if (every && c->messages < expected) times[i * expected + c->messages] = now;
-    if (++c->messages != expected) return;
+    if (every && (i + 1) % every == 0 && c->messages < expected) times[i / every * expected + c->messages] = now;
+    if (++c->messages > expected) stray++;
+    if (c->messages != expected) return;
     if (!every) times[i] = now;
     if (--incomplete == 0) report();
 }
@@ -240,9 +245,9 @@ static void open_more(void) {
 /* ---- commands ---- */
 
 static void make_room(int more) {
-    size_t each = every ? expected : 1;
-    times = realloc(times, ((client_count + more) * each + 1) * sizeof *times);
-    memset(times + client_count * each, 0, more * each * sizeof *times);
+    size_t had = slots(client_count), has = slots(client_count + more);
+    times = realloc(times, (has + 1) * sizeof *times);
+    memset(times + had, 0, (has - had) * sizeof *times);
     incomplete += more;
 }
 
