@@ -55,6 +55,7 @@ setup(
             "pyyaml",  # reads examples/two_nodes/compose.yaml
             "pyjwt",  # makes and reads tickets, and knows nothing of us
             "flask",  # the application of examples/flask_session_and_tickets.py
+            "matplotlib",  # draws what tests/bench.py plot has measured
             "ruff",
             "mypy",
             "setuptools>=70.1",  # tests/test_packaging.py builds with it; 70.1 makes wheels by itself

@@ -18,6 +18,7 @@
     python tests/bench.py flood       what one hostile client does to 100 others
     python tests/bench.py resume      1,000 clients that come back at once, each for 1,000 events that it missed
     python tests/bench.py queues      directory, SQLite, PostgreSQL, Redis and RabbitMQ side by side
+    python tests/bench.py plot        fan-out and memory over the number of clients: bench.png and bench.csv
     python tests/bench.py all         every one of them
 
 `--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
@@ -33,8 +34,10 @@ import argparse
 import array
 import asyncio
 import contextlib
+import csv
 import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -83,6 +86,7 @@ SIZES: Dict[str, Dict[str, Tuple[Any, Any]]] = {
     "stall": {"clients": (500, 10), "stalled": (20, 2), "seconds": (10, 2), "rounds": (5, 1)},
     "flood": {"clients": (100, 10), "silent": (2_000, 50), "seconds": (5, 1), "rounds": (5, 1)},
     "resume": {"clients": (1_000, 20), "events": (1_000, 50), "rounds": (5, 1)},
+    "plot": {"clients": ([1, 10, 100, 1_000, 5_000, 15_000], [1, 10]), "rounds": (30, 2), "seconds": (1, 0)},
     "queues": {"events": (100, 4), "backlog": (20_000, 200), "batches": (50, 2), "rounds": (5, 1)},
 }
 Events = List[Tuple[str, Dict[str, Any]]]
@@ -343,20 +347,23 @@ class Nchan(Side):
             module=NCHAN, user=pwd.getpwuid(os.getuid()).pw_name, directory=self.directory, port=port,
             files=resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         command = [str(NGINX), "-p", self.directory, "-c", str(configuration), "-e", str(log)]
-        self.nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        self.publisher = self._connect(port, log)
+        self.nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            self._await_workers(log)
+            self.publisher = socket.create_connection(("127.0.0.1", port))
+        except BaseException:
+            self.close()  # nobody else knows of it
+            raise
+        self.publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.responses = self.publisher.makefile("rb")
 
-    def _connect(self, port: int, log: Path) -> socket.socket:
-        for _ in range(1000):
-            with contextlib.suppress(ConnectionRefusedError):
-                publisher = socket.create_connection(("127.0.0.1", port))
-                publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return publisher
-            if self.nginx.poll() is not None:
-                break
+    def _await_workers(self, log: Path) -> None:
+        """They are started when nginx listens."""
+        deadline = time.monotonic() + 30
+        while len(self.pids()) < 3:
+            if self.nginx.poll() is not None or time.monotonic() > deadline:
+                raise Wrong(f"nginx does not start: {log.read_text()}")
             time.sleep(0.01)
-        raise Wrong(f"nginx does not listen: {log.read_text()}")
 
     def broadcast(self, events: Events) -> Span:
         """The clock starts when the first request is sent."""
@@ -401,6 +408,7 @@ def free_port() -> int:
 
 
 def run_side(name: str) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends, too, what it is about to start
     side = next(side for side in (*SIDES, *DEFLATE_SIDES, WebsocketsAsStarted) if side.__name__ == name)()
 
     def leave(*_: Any) -> None:
@@ -792,7 +800,8 @@ def grow(audiences: Dict[Server, Load], clients: int, check: int) -> List[Server
     servers = [server for server in audiences if clients <= server.most]
     for server in servers:
         audiences[server].connect(server, clients - audiences[server].clients)
-        time.sleep(0.3)  # the server's side of the last handshake
+    time.sleep(0.3)  # the servers' side of the last handshakes
+    for server in servers:
         check_order(server, audiences[server], check)
     return servers
 
@@ -835,6 +844,8 @@ def burst(run: Run) -> None:
     for clients in run.clients:
         events = {server: run.events if server in (ours, produced) else run.events // 10
                   for server in grow(audiences, clients, run.events // 10)}
+        for server in (ours, produced):
+            check_order(server, audiences[server], run.events)
         taken: Dict[Server, List[float]] = {server: [] for server in events}
         for _, server in itertools.product(range(run.rounds), events):
             audiences[server].expect(events[server])
@@ -1172,22 +1183,31 @@ def deliver_one(server: Server, load: Load) -> None:
     load.finish()
 
 
+def measure_memory(run: Run, side: Type[Side], clients: int) -> Tuple[int, int]:
+    """KB of a fresh server, without clients and with so many."""
+    server = run.product(side)
+    time.sleep(0.5)
+    before = server.resident_kb()
+    load = run.audience(server, clients)
+    time.sleep(run.seconds)
+    after = server.resident_kb()
+    deliver_one(server, load)
+    load.end()
+    server.end()
+    return before, after
+
+
 def memory(run: Run) -> None:
     rows = []
     for side in (Ours, Nchan, Websockets, WebsocketsThreads, Stock):
-        server, clients = run.product(side), min(run.clients, side.most)
-        time.sleep(0.5)
-        before = server.resident_kb()
-        load = run.audience(server, clients)
-        time.sleep(run.seconds)
-        after = server.resident_kb()
+        clients = min(run.clients, side.most)
+        before, after = measure_memory(run, side, clients)
+        if after <= before:
+            raise Wrong(f"{side.label}: its clients take no memory")
         each = (after - before) / clients
         rows.append([side.label, str(clients), str(before), str(after), f"{each:.2f}"])
         if side is Ours:
             rows[-1] += verdict("≤ 1.5", each <= 1.5)
-        deliver_one(server, load)
-        load.end()
-        server.end()
     print_table(
         f"Clients that wait, {run.seconds} s after the last one connected; what the kernel keeps for a socket is not in"
         " it. nginx is all its processes; what they share counts once.",
@@ -1854,11 +1874,72 @@ def row_of(run: Run, kind: Kind, sends: List[Any], drains: List[Any]) -> List[st
             *verdict(wanted, holds)]
 
 
+# ---- plot ------------------------------------------------------------------------------------------------
+# bench.csv has what bench.png shows, so that it can be drawn again.
+
+PLOTTED: Dict[Type[Side], str] = {Ours: "tab:blue", Nchan: "tab:green", Websockets: "tab:orange"}
+
+
+def measure_plot(run: Run) -> Iterator[List[Any]]:
+    quiet = {run.serve("--ping-interval", 0) if side is Ours else run.side(side): side for side in PLOTTED}
+    audiences = {server: run.load() for server in quiet}
+    for clients in run.clients:
+        grow(audiences, clients, 2)
+        taken: Dict[Type[Side], List[Tuple[float, int]]] = {side: [] for side in PLOTTED}
+        for _, (server, side) in itertools.product(range(run.rounds), quiet.items()):
+            taken[side].append(time_event(server, audiences[server]))
+        for side, rounds in taken.items():
+            median, last = (statistics.median(column) / 1e6 for column in zip(*rounds))
+            resident = measure_memory(run, side, clients)[1] / 1024
+            yield [side.label, clients, f"{median:.3f}", f"{last:.3f}", f"{resident:.1f}"]
+
+
+def draw(directory: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot it needs no display
+    with open(directory / "bench.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    waits, memories = figure.subplots(1, 2)
+    for side, colour in PLOTTED.items():
+        mine = [row for row in rows if row["side"] == side.label]
+        clients = [int(row["clients"]) for row in mine]
+        for axes, column, style in (
+                (waits, "median_ms", "o-"), (waits, "last_ms", "o--"), (memories, "resident_mb", "o-")):
+            label = None if column == "last_ms" else side.label
+            axes.plot(clients, [float(row[column]) for row in mine], style, color=colour, label=label, markersize=3)
+    waits.set(yscale="log", ylabel="milliseconds",
+              title="One event, until the median client has it\n(dashed: the last client)")
+    memories.set(ylim=(0, None), ylabel="MB", title="Resident memory of the server,\nall clients idle")
+    for axes in (waits, memories):
+        axes.set(xscale="log", xlabel="connected clients")
+        axes.title.set_fontsize("medium")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    waits.yaxis.set_major_formatter("{x:,g}")
+    figure.savefig(directory / "bench.png", dpi=200)
+
+
+def plot(run: Run) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        raise Wrong("matplotlib is missing: pip install matplotlib")
+    directory = Path(run.output or run.directory)
+    rows = list(measure_plot(run))
+    with open(directory / "bench.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["side", "clients", "median_ms", "last_ms", "resident_mb"], *rows])
+    draw(directory)
+    print_table(
+        f"One event of 200 bytes, {run.rounds} rounds: milliseconds until the median client and the last one have it,"
+        " from `queue_event`, the HTTP request (nchan) or the first `send` (websockets). Resident memory of the server"
+        f" with idle clients, MB. Drawn in {directory / 'bench.png'}.",
+        "side | clients | median, ms | last, ms | memory, MB", [list(map(str, row)) for row in rows])
+
+
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
     latency, fanout, target, burst, sustained, drain, growth, memory, connect, publish, idle, deflate, threshold,
-    stall, flood, resume, queues)}
+    stall, flood, resume, queues, plot)}
 
 
 def print_machine() -> None:
@@ -1889,7 +1970,7 @@ def measure(command: str, options: argparse.Namespace) -> None:
             sizes[name] = given if isinstance(sizes[name], list) else given[0]
     check_descriptors(sizes.get("clients", 0))
     print(f"\n## {command}", flush=True)
-    run = Run(sizes)
+    run = Run({**sizes, "output": options.output or ("" if options.quick else Path(__file__).parent)})
     try:
         COMMANDS[command](run)
     finally:
@@ -1913,7 +1994,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     for name in sorted({name for sizes in SIZES.values() for name in sizes}):
         parser.add_argument(f"--{name}", type=lambda text: [int(number) for number in text.split(",")])
+    parser.add_argument("--output", metavar="DIRECTORY", help="of bench.png and bench.csv (tests)")
+    parser.add_argument("--from-csv", action="store_true", help="plot: draw what bench.csv holds, without measuring")
     options = parser.parse_args()
+    if options.from_csv:
+        draw(Path(options.output or Path(__file__).parent))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` ends what was started
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # inherited by every process started here

@@ -1,23 +1,36 @@
 """The benchmark runs and counts right. No test here looks at a time: machines differ, and their moods too."""
 
+import csv
 import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from bench import NCHAN, NGINX
+from brokers import REDIS
+
 BENCH = Path(__file__).with_name("bench.py")
+NEEDED = (
+    ("Debian's libnginx-mod-nchan", NGINX and NCHAN, ("fanout", "burst", "memory", "connect", "plot")),
+    ("Debian's redis-server", REDIS, ("publish", "queues")),
+    ("matplotlib", find_spec("matplotlib"), ("plot",)),
+)
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))),
     reason="the load client is written in C: install a compiler (Debian: gcc libc6-dev)")
 
 
-def run_bench(script, command):
+def run_bench(script, command, *options):
     """Run one subcommand in its quick form."""
-    return subprocess.run([sys.executable, str(script), command, "--quick"], capture_output=True,
+    for package, program, commands in NEEDED:
+        if command in commands and not program:
+            pytest.skip(f"needs {package}")
+    return subprocess.run([sys.executable, str(script), command, "--quick", *map(str, options)], capture_output=True,
                           encoding="utf-8", timeout=120, check=False)
 
 
@@ -25,7 +38,7 @@ def run_bench(script, command):
     ("latency", None),  # four producers with PHP, three without
     ("fanout", 7 * (2 + 2) * (10 + 20)),
     ("target", 2 * 4 + 50),
-    ("burst", (2 * (200 + 20) + 4 * (20 + 20)) * (10 + 20)),
+    ("burst", (2 * (20 + 200 + 200) + 4 * (20 + 20)) * (10 + 20)),
     ("sustained", 2 * 200 * 20),
     ("drain", 1 + 500),
     ("growth", (2 + 10) * (1 + 5 + 20) + (1_000 + 1 + 200) + 2 * 100 + 2 * 500 + 501),
@@ -49,6 +62,31 @@ def test_quick_form_runs_and_delivers_everything(command, messages):
     assert delivered in ({24, 32} if messages is None else {messages})
 
 
+def test_plot_is_drawn_from_its_numbers(tmp_path):
+    """bench.csv has a row for each server and size, and --from-csv draws the same again without measuring."""
+    picture, numbers = tmp_path / "bench.png", tmp_path / "bench.csv"
+    done = run_bench(BENCH, "plot", "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"\n{3 * (2 + 2 + 1) * (1 + 10)} messages delivered, none lost" in done.stdout
+    with open(numbers, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["side"], row["clients"]) for row in rows}) == len(rows) == 3 * 2
+    assert all(0 < float(row["median_ms"]) <= float(row["last_ms"]) for row in rows)
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    picture.unlink()
+    done = run_bench(BENCH, "plot", "--output", tmp_path, "--from-csv")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert picture.read_bytes() == first
+
+
+def test_too_few_descriptors_are_an_error_at_once():
+    """Who wants more clients than the system allows is told so, and not by a connection that fails."""
+    done = run_bench(BENCH, "target", "--clients", 10**9)
+    assert done.returncode == 1
+    assert "1000000000 clients need 1000000100 descriptors in each process; `ulimit -Hn` allows" in done.stderr
+
+
 BROKEN = {
     "a client is left out": (
         "fanout", "bench_floor.c", "int c = 0;", "int c = 1;",
@@ -62,6 +100,9 @@ BROKEN = {
         "fanout", "bench.py", "nchan_channel_id bench;\n            nchan_subscriber_first",
         "nchan_channel_id other;\n            nchan_subscriber_first",
         "0 of 10 clients got all 2 messages, 10 are still connected"),
+    "memory of a process that holds no client": (
+        "memory", "bench.py", "side.url, *side.pids()", "side.url, os.getpid()",
+        "nginx with nchan: its clients take no memory"),
     "no compression where it was agreed on": (
         "deflate", "bench.py", '{"deflate": True}', '{"deflate": False}', "agreed on the extensions []"),
     "an event of another payload": (
