@@ -21,13 +21,14 @@
     python tests/bench.py plot        fan-out and memory over the number of clients: bench.png and bench.csv
     python tests/bench.py all         every one of them
 
-`--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and
-the like replace the sizes in SIZES; several are written 1000,9000. Needs websockets and websocket-server from PyPI,
-nginx with nchan, and a C compiler for the load client (bench_load.c), which runs in its own process and counts
-messages without looking at them. `publish` and `queues` start brokers of their own, and need what the tests need for
-them (see tests/run). No side compresses (but for `deflate`), and all set TCP_NODELAY, but for nchan, which cannot.
-Times are CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost,
-comes twice or out of order, or a client that reads is disconnected, the run ends with an error instead of figures.
+`--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and the
+like replace the sizes in SIZES; several are written 1000,9000. Needs what tests/run installs: the `test` extra, nginx
+with nchan, for `publish` and `queues` the brokers, and a C compiler for the load client (bench_load.c), which runs in
+its own process and counts messages without looking at them.
+
+No side compresses (but for `deflate`), and all set TCP_NODELAY (but for nchan, which cannot). Times are
+CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost, comes twice or out of order, or a
+client that reads is disconnected, the run ends with an error instead of figures.
 """
 
 import argparse
@@ -75,7 +76,7 @@ SIZES: Dict[str, Dict[str, Tuple[Any, Any]]] = {
     "sustained": {"clients": (1_000, 20), "events": (2_000, 200), "seconds": (60, 1), "processes": (4, 4)},
     "drain": {"events": (100_000, 500), "rounds": (3, 1)},
     "growth": {"clients": ([1, 10, 100, 1_000, 5_000, 15_000], [1, 5, 20]), "backlogs": ([1, 1_000, 100_000], [1, 200]),
-               "topics": ([1, 100, 10_000], [1, 20]), "events": (10_000, 100), "backlog": (50_000, 500),
+               "topics": ([1, 100, 10_000], [1, 100]), "events": (10_000, 100), "backlog": (50_000, 500),
                "newcomers": (1_000, 20), "rounds": (5, 1)},
     "memory": {"clients": (15_000, 50), "seconds": (3, 0)},
     "connect": {"clients": (9_000, 50), "rounds": (5, 1)},
@@ -409,7 +410,7 @@ def free_port() -> int:
 
 def run_side(name: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends, too, what it is about to start
-    side = next(side for side in (*SIDES, *DEFLATE_SIDES, WebsocketsAsStarted) if side.__name__ == name)()
+    side = globals()[name]()
 
     def leave(*_: Any) -> None:
         side.close()
@@ -597,6 +598,9 @@ class Load(Child):
     def texts(self) -> List[bytes]:
         """With `check`: the messages of the first client."""
         return Path(f"{self.result_file}.stream").read_bytes().splitlines()
+
+    def numbers(self) -> List[int]:
+        return [json.loads(text)["payload"]["n"] for text in self.texts()]
 
 
 Kept = TypeVar("Kept", bound=Child)
@@ -791,7 +795,11 @@ def check_order(server: Server, load: Load, count: int) -> None:
     load.expect(count, check=2)
     server.broadcast(count)
     load.finish()
-    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(count)):
+    check_numbers(load, count)
+
+
+def check_numbers(load: Load, count: int) -> None:
+    if load.numbers() != list(range(count)):
         raise Wrong("the messages are not those that were queued, in their order")
 
 
@@ -825,14 +833,16 @@ def fanout(run: Run) -> None:
             taken.setdefault(server.label, []).append(time_event(server, audiences[server]))
         medians = {label: [statistics.median(column) for column in zip(*rounds)] for label, rounds in taken.items()}
         for label, rounds in taken.items():
-            ratios = [mine / its for peer in (Floor, Nchan) for mine, its in zip(medians[label], medians[peer.label])]
+            peers = medians[Floor.label], medians[Nchan.label]
+            ratios = [mine / its for peer in peers for mine, its in zip(medians[label], peer)]
             cells = [cell for column in zip(*rounds) for cell in figures(column, 1e6)]
             rows.append([str(clients), label, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
             if label == Ours.label:
                 rows[-1] += verdict("≤ 0.8", max(ratios) <= 0.8)
     print_table(
-        f"One event of 200 bytes, {run.rounds} rounds. Milliseconds until the median client and the last one have "
-        "it, from the first `send`, HTTP request (nchan) or `queue_event` (serve); side ÷ bare loop, side ÷ nchan.",
+        f"One event of 200 bytes, {run.rounds} rounds. Milliseconds until the median client and the last one have it, "
+        "from the first `send`, the HTTP request (nchan, two workers) or `queue_event` (serve); side ÷ bare loop and "
+        "÷ nchan.",
         "clients | side | median | p99 | last | p99 | ÷ loop: median | last | ÷ nchan: median | last", rows)
 
 
@@ -914,7 +924,7 @@ def sustain(run: Run, server: DirectoryServer, load: Load) -> Tuple[List[Tuple[i
     load.expect(count, every=max(1, load.clients // 10), check=1)
     stamps = queue_from_processes(run, server.queue)
     times = load.finish(timeout=300)
-    order = [json.loads(text)["payload"]["n"] for text in load.texts()]
+    order = load.numbers()
     if sorted(order) != list(range(count)):
         raise Wrong("the messages are not those that were queued")
     columns = [times[first:first + count] for first in range(0, len(times), count)]
@@ -965,8 +975,7 @@ def time_drain(run: Run) -> Tuple[int, int]:
     start = now()
     finished.rename(oldest)
     took = max(load.finish(timeout=300)) - start
-    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(run.events)):
-        raise Wrong("the messages are not those that were queued, in their order")
+    check_numbers(load, run.events)
     peak = status_kb(server.pid, "VmHWM")
     load.end()
     server.end()
@@ -988,71 +997,63 @@ def drain(run: Run) -> None:
         *verdict("≥ 20000/s, ≤ 50 MB", holds)]])
 
 
-def flat(row: List[str], value: float, base: float) -> List[str]:
-    """The row, with its ratio to what it costs where there is less of everything."""
-    return [*row, f"{value / base:.2f}", *verdict("≤ 1.25", value <= 1.25 * base)]
+def flat(least: int, measured: List[Tuple[int, float, List[str]]]) -> List[List[str]]:
+    """A row for each size, what one costs there, and more cells. From the size `least` on, it must stay what it is."""
+    base = next((each for size, each, _ in measured if size >= least), 0.0)
+    return [[str(size), *cells] if size < least else
+            [str(size), *cells, f"{each / base:.2f}", *verdict("≤ 1.25", each <= 1.25 * base)]
+            for size, each, cells in measured]
 
 
 def grow_clients(run: Run) -> None:
-    server, rows, first, base = run.serve("--ping-interval", 0), [], 0.0, 0.0
+    server, measured, first = run.serve("--ping-interval", 0), [], 0.0
     audiences = {server: run.load()}
     for clients in run.clients:
         grow(audiences, clients, 2)
         taken = [time_event(server, audiences[server]) for _ in range(10 * run.rounds)]
         last = statistics.median(last for _, last in taken)
         first = first or last
-        each = (last - first) / max(1, clients - run.clients[0])
-        row = [str(clients), *(cell for column in zip(*taken) for cell in figures(column, 1e6)), f"{each / 1e3:.2f}"]
-        if clients >= 1_000:
-            base = base or each
-            row = flat(row, each, base)
-        rows.append(row)
+        each = (last - first) / clients
+        cells = [cell for column in zip(*taken) for cell in figures(column, 1e6)]
+        measured.append((clients, each, [*cells, f"{each / 1e3:.2f}"]))
     print_table(
         f"From `queue_event` until the median client and the last one have it, {10 * run.rounds} rounds. Milliseconds; "
-        "microseconds for each client beyond the first, and how many times those with 1,000.",
-        "clients | median | p99 | last | p99 | each, µs | ÷ 1,000", rows)
+        "microseconds for each client more than the first row has.",
+        "clients | median | p99 | last | p99 | each, µs | ÷ 1,000", flat(1_000, measured))
 
 
-def time_events(server: DirectoryServer, load: Load, count: int, topics: Sequence[Optional[str]] = (None,)) -> int:
-    """Nanoseconds until each client has its share of so many events that wait."""
-    load.expect(count // len(topics) if topics[0] else count)
+def time_each(server: DirectoryServer, load: Load, count: int, topics: Sequence[Optional[str]] = (None,)) -> float:
+    """So many events wait: nanoseconds for one of them, until every client has its share."""
+    load.expect(count // len(topics))
     start, _ = server.broadcast(count, topics=topics)
-    return max(load.finish(timeout=300)) - start
+    return (max(load.finish(timeout=300)) - start) / count
 
 
 def grow_backlog(run: Run) -> None:
-    server, rows, base = run.serve(backlog=True), [], 0.0
+    server, measured = run.serve(backlog=True), []
     load = run.audience(server, 1)
-    time_events(server, load, 1_000)  # the history is full from now on
+    time_each(server, load, 1_000)  # the history is full from now on
     for files in run.backlogs:
-        each = [time_events(server, load, files) / files for _ in range(run.rounds)]
-        row = [str(files), *figures(each, 1e3, 1)]
-        if files >= 1_000:
-            base = base or statistics.median(each)
-            row = flat(row, statistics.median(each), base)
-        rows.append(row)
+        taken = [time_each(server, load, files) for _ in range(run.rounds)]
+        measured.append((files, statistics.median(taken), figures(taken, 1e3, 1)))
     print_table(
         f"So many files wait, one client, {run.rounds} rounds. Microseconds for each.",
-        "files | median | p99 | ÷ 1,000", rows)
+        "files | median | p99 | ÷ 1,000", flat(1_000, measured))
 
 
 def grow_topics(run: Run) -> None:
-    rows, base = [], 0.0
+    measured = []
     for count in run.topics:
         server, topics = run.serve("--ping-interval", 0, backlog=True), [f"/topic{n}" for n in range(count)]
         load = run.audience(server, count, paths=topics)
-        each = [time_events(server, load, run.events, topics) / run.events for _ in range(run.rounds)]
-        row = [str(count), *figures(each, 1e3, 1)]
-        if count >= 100:
-            base = base or statistics.median(each)
-            row = flat(row, statistics.median(each), base)
-        rows.append(row)
+        taken = [time_each(server, load, run.events, topics) for _ in range(run.rounds)]
+        measured.append((count, statistics.median(taken), figures(taken, 1e3, 1)))
         load.end()
         server.end()
     print_table(
         f"{run.events} events wait, one after the other for each topic, and each topic has one client, {run.rounds} "
         "rounds. Microseconds for each event. With one topic its client gets many in one send.",
-        "topics | median | p99 | ÷ 100", rows)
+        "topics | median | p99 | ÷ 100", flat(100, measured))
 
 
 def time_beside_newcomers(run: Run, server: DirectoryServer, load: Load, newcomers: int) -> int:
@@ -1090,8 +1091,7 @@ def check_urgent(run: Run) -> None:
     server.broadcast(run.backlog)
     fill_directory(str(server.queue), make_events(1, 200, run.backlog))
     load.finish(timeout=300)
-    if [json.loads(text)["payload"]["n"] for text in load.texts()] != list(range(run.backlog + 1)):
-        raise Wrong("an event has overtaken those that were queued before it")
+    check_numbers(load, run.backlog + 1)
     print(f"\nOne event that is queued while {run.backlog} wait comes after them.")
 
 
@@ -1199,7 +1199,7 @@ def measure_memory(run: Run, side: Type[Side], clients: int) -> Tuple[int, int]:
 
 def memory(run: Run) -> None:
     rows = []
-    for side in (Ours, Nchan, Websockets, WebsocketsThreads, Stock):
+    for side in (Ours, Nchan, Websockets, Stock):
         clients = min(run.clients, side.most)
         before, after = measure_memory(run, side, clients)
         if after <= before:
@@ -1940,6 +1940,7 @@ def plot(run: Run) -> None:
 COMMANDS = {command.__name__: command for command in (
     latency, fanout, target, burst, sustained, drain, growth, memory, connect, publish, idle, deflate, threshold,
     stall, flood, resume, queues, plot)}
+PROCESSES: Dict[str, Callable[..., None]] = {"side": run_side, "producer": run_producer, "hostile": run_hostile}
 
 
 def print_machine() -> None:
@@ -1979,14 +1980,8 @@ def measure(command: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["side"]:
-        run_side(sys.argv[2])
-        return
-    if sys.argv[1:2] == ["hostile"]:
-        run_hostile(*sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["producer"]:
-        run_producer(*sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in PROCESSES:
+        PROCESSES[sys.argv[1]](*sys.argv[2:])
         return
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)

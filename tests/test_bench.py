@@ -42,7 +42,7 @@ def run_bench(script, command, *options):
     ("sustained", 2 * 200 * 20),
     ("drain", 1 + 500),
     ("growth", (2 + 10) * (1 + 5 + 20) + (1_000 + 1 + 200) + 2 * 100 + 2 * 500 + 501),
-    ("memory", 5 * 50),
+    ("memory", 4 * 50),
     ("connect", 3 * 50),
     ("publish", 0),
     ("idle", 2 * 20),
