@@ -8,6 +8,7 @@
     python tests/bench.py sustained   2,000 events a second from four processes to 1,000 clients
     python tests/bench.py drain       100,000 files that are there when the server starts
     python tests/bench.py growth      more clients, more files, more topics: what each of them costs
+    python tests/bench.py stages      where the microseconds go between queue_event and the last byte
     python tests/bench.py memory      resident memory per idle client, 15,000 clients
     python tests/bench.py connect     opening 9,000 connections
     python tests/bench.py publish     the producer's side: queue_event, XADD, queue_events, import, start
@@ -24,7 +25,8 @@
 `--quick` takes seconds: it shows that the script works, its figures mean nothing. `--clients`, `--events` and the
 like replace the sizes in SIZES; several are written 1000,9000. Needs what tests/run installs: the `test` extra, nginx
 with nchan, for `publish` and `queues` the brokers, and a C compiler for the load client (bench_load.c), which runs in
-its own process and counts messages without looking at them.
+its own process and counts messages without looking at them. Queues are in TMPDIR: name one on tmpfs, or on a disk with
+a journal, to measure what the machine can do.
 
 No side compresses (but for `deflate`), and all set TCP_NODELAY (but for nchan, which cannot). Times are
 CLOCK_MONOTONIC, which all processes of a machine share. Where a message is lost, comes twice or out of order, or a
@@ -61,7 +63,9 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from unittest import mock
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,9 +79,10 @@ SIZES: Dict[str, Dict[str, Tuple[Any, Any]]] = {
     "burst": {"clients": ([500, 1_000], [10, 20]), "events": (10_000, 200), "rounds": (3, 1)},
     "sustained": {"clients": (1_000, 20), "events": (2_000, 200), "seconds": (60, 1), "processes": (4, 4)},
     "drain": {"events": (100_000, 500), "rounds": (3, 1)},
-    "growth": {"clients": ([1, 10, 100, 1_000, 5_000, 15_000], [1, 5, 20]), "backlogs": ([1, 1_000, 100_000], [1, 200]),
-               "topics": ([1, 100, 10_000], [1, 100]), "backlog": (50_000, 500), "newcomers": (1_000, 20),
+    "growth": {"clients": ([1, 10, 100, 1_000, 5_000, 15_000], [1, 5, 20]),
+               "backlogs": ([1_000, 10_000, 100_000], [1, 200]), "topics": ([1, 100, 10_000], [1, 100]), "backlog": (50_000, 500), "newcomers": (1_000, 20),
                "rounds": (5, 1)},
+    "stages": {"clients": ([1, 1_000], [1, 20]), "rounds": (200, 3)},
     "memory": {"clients": (15_000, 50), "seconds": (3, 0)},
     "connect": {"clients": (9_000, 50), "rounds": (5, 1)},
     "publish": {"events": (500, 50), "batch": (1_000, 50), "rounds": (20, 2)},
@@ -1037,8 +1042,9 @@ def grow_backlog(run: Run) -> None:
         taken = [time_each(server, load, files) for _ in range(run.rounds)]
         measured.append((files, statistics.median(taken), figures(taken, 1e3, 1)))
     print_table(
-        f"So many files wait, one client, {run.rounds} rounds. Microseconds for each.",
-        "files | median | p99 | ÷ 1,000", flat(1_000, measured))
+        f"So many files wait, one client, {run.rounds} rounds. Microseconds for each. Of 1,000, which go out in one"
+        " write, the client does not see the removal.",
+        "files | median | p99 | ÷ 10,000", flat(10_000, measured))
 
 
 def grow_topics(run: Run) -> None:
@@ -1101,6 +1107,83 @@ def growth(run: Run) -> None:
     grow_topics(run)
     drain_beside_newcomers(run)
     check_urgent(run)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------
+# The server is in this process, so that its functions can be watched; each takes half a microsecond longer for it.
+
+STAGES = {
+    "wait": "`queue_event`, until the queue thread is awake",
+    "_reattach_if_replaced": "is the directory still ours?",
+    "_scan": "find the file",
+    "_read": "open, fstat, read, close",
+    "parse_events": "parse, check, encode",
+    "write": "append to the history's log",
+    "audiences_of": "who gets it",
+    "send_to_all": "from the first `send` to the last",
+}
+
+
+class Trace:
+    """Notes when functions of the module begin and end."""
+
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        import wsqueue
+        self.spans: List[Tuple[str, int, int]] = []
+        for owner, name in itertools.product((wsqueue, wsqueue.DirectoryQueue, wsqueue.HistoryFile), STAGES):
+            if hasattr(owner, name):
+                undo.enter_context(mock.patch.object(owner, name, self._watched(name, getattr(owner, name))))
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kw: Any) -> Any:
+            start = now()
+            try:
+                return function(*args, **kw)
+            finally:
+                self.spans.append((name, start, now()))
+        return watched
+
+    def stages(self, start: int, end: int) -> List[int]:
+        """Nanoseconds of each, and what is left of them all; where two threads send at once, the time counts once."""
+        taken = []
+        for stage in STAGES:
+            ends = {since: to for name, since, to in list(self.spans) if name == stage and start < to}
+            first = min(ends.items())
+            taken.append(first[1] - start if stage == "wait" else max(ends.values()) - first[0]
+                         if stage == "send_to_all" else first[1] - first[0])
+        return [*taken, end - start - sum(taken)]
+
+
+def trace_event(directory: str, trace: Trace, load: Load) -> List[int]:
+    from wsqueue import queue_event
+    time.sleep(random.uniform(0.01, 0.03))  # so that nobody is awake
+    load.expect(1)
+    trace.spans.clear()
+    start = now()
+    queue_event(directory, *make_events(1, 200)[0])
+    end = max(load.finish())
+    time.sleep(0.005)  # the sender's last call returns after the client has it
+    return trace.stages(start, end)
+
+
+def stages(run: Run) -> None:
+    from wsqueue import WebSocketServer
+    columns = []
+    with contextlib.ExitStack() as undo:
+        trace = Trace(undo)
+        for clients in run.clients:
+            directory = str(run.new_directory())
+            with WebSocketServer(queue=directory, port=0, ping_interval=0) as server:
+                port = int(server.url.strip("/").rpartition(":")[2])
+                load = run.audience(SimpleNamespace(port=port, label=Ours.label), clients)
+                rounds = [trace_event(directory, trace, load) for _ in range(run.rounds)]
+                load.end()
+            columns.append([figures(values, 1e3, 0) for values in [*zip(*rounds), list(map(sum, rounds))]])
+    names = [*STAGES.values(), "the rest, and until the last client has it", "all of it"]
+    print_table(
+        f"One event of 200 bytes, {run.rounds} times, 10 to 30 ms apart. Microseconds.",
+        " | ".join(["stage", *(f"{clients} client{'s' * (clients > 1)} | p99" for clients in run.clients)]),
+        [[name, *itertools.chain(*cells)] for name, *cells in zip(names, *columns)])
 
 
 # ---- resume ----------------------------------------------------------------------------------------------
@@ -1938,16 +2021,22 @@ def plot(run: Run) -> None:
 # ---- Command line ----------------------------------------------------------------------------------------
 
 COMMANDS = {command.__name__: command for command in (
-    latency, fanout, target, burst, sustained, drain, growth, memory, connect, publish, idle, deflate, threshold,
-    stall, flood, resume, queues, plot)}
+    latency, fanout, target, burst, sustained, drain, growth, stages, memory, connect, publish, idle, deflate,
+    threshold, stall, flood, resume, queues, plot)}
 PROCESSES: Dict[str, Callable[..., None]] = {"side": run_side, "producer": run_producer, "hostile": run_hostile}
+
+
+def file_system(directory: str) -> str:
+    """Its type. On ext4 without a journal a new file takes ten times as long for minutes after many were removed."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    return max((len(point), kind) for point, kind in mounts if f"{directory}/".startswith(f"{point.rstrip('/')}/"))[1]
 
 
 def print_machine() -> None:
     import wsqueue
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     print(f"{model.group(1) if model else platform.machine()}, {os.cpu_count()} cores, {platform.system()} "
-          f"{platform.release()}, load {os.getloadavg()[0]:.2f}")
+          f"{platform.release()}, load {os.getloadavg()[0]:.2f}; queues on {file_system(tempfile.gettempdir())}")
     try:
         peers = [f"{name} {importlib.metadata.version(name)}" for name in ("websockets", "websocket-server")]
     except importlib.metadata.PackageNotFoundError as missing:

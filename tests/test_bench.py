@@ -42,6 +42,7 @@ def run_bench(script, command, *options):
     ("sustained", 2 * 200 * 20),
     ("drain", 1 + 500),
     ("growth", (2 + 10) * (1 + 5 + 20) + (1_000 + 1 + 200) + (1 + 100) + 2 * 500 + 501),
+    ("stages", 3 * (1 + 20)),
     ("memory", 4 * 50),
     ("connect", 3 * 50),
     ("publish", 0),
