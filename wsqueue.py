@@ -4128,30 +4128,38 @@ class BrokerQueue:
         data = encode_batch(events, to, time.time(), self.max_event_bytes)
         if not data:
             return
-        started = time.monotonic()
-        if not self._lock.acquire(timeout=PUT_SECONDS / 2):
+        deadline = time.monotonic() + PUT_SECONDS
+        if not self._alone(PUT_SECONDS / 2, lambda: self._append(data, durable, deadline)):
             raise QueueError(f"queue {self.path} is slow, and other threads wait for it, too")
-        try:
-            if time.monotonic() < self._refused_at + FAST_FAIL_SECONDS and self._refused:
-                raise QueueError(self._refused)
-            with self._link.guard:
-                self._append(data, durable, started + PUT_SECONDS)
+
+    def _alone(self, seconds: float, act: Callable[[], Any]) -> bool:
+        """Whether the lock was free in time, and act() was called under it."""
+        taken: list[bool] = []
+        try:  # taken and noted in one step: a signal handler that raises comes before it, or is seen to come after it
+            taken += map(self._lock.acquire, [True], [seconds])
+            if taken == [True]:
+                with self._link.guard:
+                    act()
+            return taken == [True]
         finally:
-            self._lock.release()
+            if taken == [True]:
+                self._lock.release()
 
     def _append(self, data: bytes, durable: bool, deadline: float) -> None:
+        if time.monotonic() < self._refused_at + FAST_FAIL_SECONDS and self._refused:
+            raise QueueError(self._refused)
         try:
             left = max(0.1, deadline - time.monotonic())
             if self._writer:
                 self._writer.limit(left)
             if self._writer is None or not self._writer.is_alive():
-                self._writer = _drop(self._writer)
+                self._end_writing()
                 with _NO_FORK:  # libpq has a lock while it connects, and a child would wait for it for ever
                     self._writer = self._link(self._location, left)
             self._writer.append(data, durable)
             self._refused = ""
         except BaseException as error:  # also Ctrl-C: an answer may be on its way
-            self._writer = _drop(self._writer)
+            self._end_writing()
             if not isinstance(error, (QueueError, *self._link.errors)):
                 raise
             self._refused = f"cannot write to queue {self.path}: {_reason(error)}"
@@ -4348,10 +4356,11 @@ class BrokerQueue:
             self.forget()
         with self._link.guard:
             self._part()
-        if self._lock.acquire(timeout=PUT_SECONDS):
-            with self._link.guard:
-                self._writer = _drop(self._writer)
-            self._lock.release()
+        self._alone(PUT_SECONDS, self._end_writing)
+
+    def _end_writing(self) -> None:
+        writer, self._writer = self._writer, None  # in this order: it is not used again, should a signal come between
+        _drop(writer)
 
 
 def _furthest(events: Iterable[Event], default: Any) -> Any:

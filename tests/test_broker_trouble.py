@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import socket
 import sqlite3
 import threading
@@ -487,6 +488,52 @@ def test_sqlite_whose_file_is_replaced(database, by, tmp_path):
         assert send(url, 4)[0]
         eventually(lambda: events_of(reader)[-2:] == [3, 4], what="what was queued since")
     disconnect(url)
+
+
+# ---- Signals -----------------------------------------------------------------------------------------------
+
+
+class GivingUpError(Exception):
+    """What a web server's worker raises in a signal handler, when a request takes too long."""
+
+
+@pytest.fixture
+def _alarms_raise():
+    """In whatever line the main thread is in at the time."""
+
+    def give_up(*_):
+        raise GivingUpError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+class Nowhere(wsqueue.Link):
+    """A broker that takes no time, so that most signals come between two steps of ours."""
+
+    @classmethod
+    def load(cls, location):
+        """There is no library."""
+
+    def append(self, data, durable):
+        """It forgets everything."""
+
+    def close(self):
+        """There is nothing to close."""
+
+
+@pytest.mark.usefixtures("_alarms_raise")
+def test_a_signal_handler_that_raises_leaves_the_queue_free():
+    """At whatever moment of put() it comes: the next put() does not wait for a lock that nobody holds."""
+    queue = wsqueue.BrokerQueue(Nowhere, "nowhere://")
+    for number in range(5000):
+        with pytest.raises(GivingUpError):  # noqa: PT012 - it may be anywhere
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 50))
+            while True:
+                queue.put([("e", number)])
+        assert not queue._lock.locked(), f"after {number} signals"
+    queue.put([("e", "the last")])
 
 
 # ---- Commands ----------------------------------------------------------------------------------------------
