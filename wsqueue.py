@@ -2274,6 +2274,7 @@ class History:
         self._unsettled: set[Any] = set()  # sources of what may still be in its queue; who sends changes it
         self.shared = False
         self._last = ""  # where it is, its last event that came from the queue
+        self._void: tuple[float, ...] = ()  # up to here ids mean nothing: they are from before the queue went back
         self.awaiting: set[Any] = set()  # connections that are ahead
 
     @property
@@ -2313,6 +2314,8 @@ class History:
         """Events with ids of their own, and the numbers of those that were sent already: not yet added."""
         entered, repeats, ids = [], set(), set()
         for number, event in enumerate(events):
+            if event.id.endswith(_RESET) and (place_of(event.id) or ()) < (place_of(self._last) or ()):
+                self._begin_anew(event.id)
             if self.shared and place_of(event.id) is None:
                 event = event._replace(id=f"{self._last}~{event.id}")
             known = self.shared and event.id in self._numbers
@@ -2324,6 +2327,15 @@ class History:
                 ids.add(event.id)
             entered.append(event)
         return entered, repeats
+
+    def _begin_anew(self, base: str) -> None:
+        """The queue has gone back, and may use ids again."""
+        with self.lock:
+            self._void = max(self._void, place_of(self._last) or ())
+            self._first, self._size = self.end, 0
+            self._events.clear()
+            self._numbers.clear()
+            self._base = self._last = base
 
     def settle(self, events: Iterable[Event]) -> None:
         """These are in their queue no longer."""
@@ -2360,6 +2372,8 @@ class History:
     def position(self, identity: str) -> int | None:
         """Where a client goes on that has seen this event last; None: it is not known (any more). Or AHEAD."""
         self._trim()
+        if self._void and (place_of(identity) or ()) <= self._void:
+            return None
         if identity in self._numbers:
             return self._numbers[identity] + 1
         if self.shared:
@@ -4047,11 +4061,12 @@ def id_of(place: tuple[int, int]) -> str:
 class Link:
     """One connection to a broker: it knows the broker's language, and nothing else.
 
-    append() adds an entry; attach() makes it a node's, and returns the place to go on at; read() returns the entries
-    behind a place, and has_lost() whether others were removed there; save() remembers a place; tidy() removes what is
-    too old, or too much; listen() waits until there may be more; what set_aside() and backlog() do is in section 5.
-    Where it is shared, past() returns up to CHUNK entries before a place, the last first, and removed() up to where
-    there are none any more (None: nobody knows). All end by the deadline, and raise one of `errors`, or QueueError.
+    append() adds an entry; attach() makes it a node's, and cursor() returns the place to go on at; read() returns the
+    entries behind a place, and has_lost() whether others were removed there; save() remembers a place; tidy() removes
+    what is too old, or too much; listen() waits until there may be more; set_aside() and backlog() are as in section 5.
+    Where it is shared, past() returns `count` entries before a place, the last first; newest() up to where there have
+    been any, and removed() up to where there are none any more (None: nobody knows). All end by the deadline, and raise
+    one of `errors`, or QueueError.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]] = ()  # the library's; load() imports it, and checks the URL
@@ -4116,8 +4131,11 @@ class BrokerQueue:
         self._reader = None
         self._place: Any = None  # behind what take() has returned
         self._last: Any = None  # behind the last event that it has returned: what follows that has none
+        self._mark: Any = None  # the entry before _place, in a list; None: not known
         self._done: Any = None  # behind what is done
         self._saved: Any = None  # what the broker knows of that
+        self._age = 0  # how often the broker has gone back
+        self._hole = ""  # why clients are to be told to start anew
         self._failures, self._trouble, self._unsaved = 0, "", ""
         self._retry_at = self._tidy_at = self._save_at = self._unsaved_at = 0.0  # monotonic
 
@@ -4177,21 +4195,23 @@ class BrokerQueue:
             self._save(link)
             entries = link.read(self._place, max_bytes)
             events = []
-            if entries and link.has_lost(self._place):
-                log.warning("entries of %s were removed before this node had sent them (keep_events, keep_seconds):"
-                            " clients are told to start anew", self.path)
+            if not self._hole and entries and link.has_lost(self._place):
+                self._hole = "has removed entries before this node had sent them (keep_events, keep_seconds)"
+            if self._hole:
+                log.warning("%s %s: clients are told to start anew", self.path, self._hole)
                 events.append(make_event("wsqueue.reset", None, None, time.time(), f"{id_of(self._place)}{_RESET}"))
             for entry in entries:
                 events += self._parse(link, entry)
             complaint = self._unsaved or link.complaint()
+        self._hole = ""
         if entries:
-            self._place = entries[-1].place
+            self._place, self._mark = entries[-1].place, entries[-1:]
             if not self.shared:
                 self._remember(entries)
         elif complaint:
             raise QueueError(f"queue {self.path}: {complaint}")
         events = without_stale(events, self._max_age, time.time())
-        self._last = _furthest(events, self._last)
+        self._last = self._furthest(events, self._last)
         self._pass_by()
         return events
 
@@ -4214,9 +4234,7 @@ class BrokerQueue:
         try:
             if self._reader is None:
                 self._reader = self._link(self._location, READ_SECONDS)
-                self._place = self._reader.attach(self._place)
-                if self._done is None or self._place < self._done:
-                    self._done = self._saved = self._last = self._place
+                self._attach(self._reader)
             self._reader.limit(READ_SECONDS)
             yield self._reader
         except Exception as error:
@@ -4228,6 +4246,24 @@ class BrokerQueue:
             self._trouble = f"cannot read queue {self.path}: {_reason(error)}"
             raise QueueError(self._trouble) from error
         self._failures = 0
+
+    def _attach(self, link: Any) -> None:
+        """A broker goes back when a copy that lags behind takes over, or an older backup is restored; then it may use
+        places again. It has if, up to our place, its last entry is not what we took there. What we promise: nothing is
+        skipped. We go on where it knows us to have been: what we have sent since may come twice, and clients are told.
+        Only what is started after that cannot know of it, and takes ids from before for those of now.
+        """
+        link.attach()
+        if self._place is not None and self.shared:
+            found = link.past(_behind(self._place), 1)
+            if self._mark in (None, found) if found else link.newest() >= self._place:
+                return
+            self._hole, self._age = "has gone back to an earlier state", self._age + 1
+        place = link.cursor()
+        if self._hole and self.is_new:
+            place = 0, 0  # it has forgotten us: all may be new
+        self._mark = link.past(_behind(place), 1) if self.shared else None
+        self._place = self._done = self._saved = self._last = place
 
     def _save(self, link: Any) -> None:
         """What goes wrong here must not keep events from clients."""
@@ -4252,7 +4288,7 @@ class BrokerQueue:
                 raise EventError("it is empty: there is no data")
             if entry.data is None or len(entry.data) > self.max_event_bytes:
                 raise EventError(f"more than the {self.max_event_bytes} bytes of max_event_bytes")
-            return parse_events(entry.data, entry.id, entry.stamp, entry.place)
+            return parse_events(entry.data, entry.id, entry.stamp, (self._age, entry.place))
         except (ValueError, ArithmeticError) as error:  # EventError, or a number that nobody thought of
             log.error("entry %s of %s is not an event: %s. It is set aside", entry.id, self.path, error)
             link.set_aside(entry, str(error))
@@ -4266,9 +4302,9 @@ class BrokerQueue:
         """What was sent before the first take(), so many events or bytes, or some more; and the id before it."""
         past: list[Event] = []
         with self._reading() as link:
-            base, place = None, (self._place[0], self._place[1] + 1)
+            base, place = None, _behind(self._place)
             while len(past) < count and sum(event.size for event in past) < size:
-                entries = link.past(place)
+                entries = link.past(place, CHUNK)
                 if not entries:
                     base = link.removed()
                     break
@@ -4283,8 +4319,13 @@ class BrokerQueue:
         return id_of(base), past
 
     def done(self, events: Iterable[Event]) -> None:
-        self._done = _furthest(events, self._done)
+        self._done = self._furthest(events, self._done)
         self._pass_by()
+
+    def _furthest(self, events: Iterable[Event], default: Any) -> Any:
+        """Places from before the broker went back are none any more."""
+        sources = [event.source for event in events if event.source]
+        return max([place for age, place in sources if age == self._age], default=default)
 
     def _pass_by(self) -> None:
         """Entries behind the last event that have none, because they are set aside, too old, or empty."""
@@ -4293,7 +4334,7 @@ class BrokerQueue:
 
     def retake(self) -> None:
         self._location.memory.sent.clear()
-        self._place = self._last = self._done
+        self._place, self._mark, self._last = self._done, None, self._done
         if not self.shared:  # the broker delivers again what it was not told of
             self._part()
 
@@ -4363,8 +4404,8 @@ class BrokerQueue:
         _drop(writer)
 
 
-def _furthest(events: Iterable[Event], default: Any) -> Any:
-    return max([event.source for event in events if event.source is not None], default=default)
+def _behind(place: tuple[int, int]) -> tuple[int, int]:
+    return place[0], place[1] + 1
 
 
 def _drop(link: Any) -> Any:
@@ -4430,13 +4471,14 @@ class _SqlLink(Link):
     def append(self, data: bytes, durable: bool) -> None:
         self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data, self.location.most))
 
-    def attach(self, place: Any) -> Any:
-        if place is None:
-            return self._cursor()
-        newest = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1").fetchone() or self.removed()
-        return min(newest, place)  # an older copy may have been restored
+    def attach(self) -> None:
+        """There is nothing to do."""
 
-    def _cursor(self) -> Any:
+    def newest(self) -> Any:
+        found = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1").fetchone()
+        return found or self.removed()
+
+    def cursor(self) -> Any:
         """The node's; of one that is new, that of the furthest."""
         found = self._run("SELECT xid, id, node FROM {t_nodes} WHERE node <> '' ORDER BY node = ? DESC, xid DESC, id"
                           " DESC LIMIT 1", self.location.node).fetchone()
@@ -4465,9 +4507,9 @@ class _SqlLink(Link):
     def removed(self) -> Any:
         return self._run("SELECT xid, id FROM {t_nodes} WHERE node = ''").fetchone() or (0, 0)
 
-    def past(self, place: Any) -> list[Entry]:
+    def past(self, place: Any, count: int) -> list[Entry]:
         rows = self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN data END FROM {t} WHERE (xid, id) <"
-                         " (?, ?) ORDER BY xid DESC, id DESC LIMIT ?", self.location.most, *place, CHUNK)
+                         " (?, ?) ORDER BY xid DESC, id DESC LIMIT ?", self.location.most, *place, count)
         return [_row_entry(*row) for row in rows.fetchall()]
 
     def save(self, place: Any) -> None:
@@ -4500,7 +4542,7 @@ class _SqlLink(Link):
                   " ORDER BY failed_at DESC LIMIT 1 OFFSET ?)", FAILED_SECONDS, FAILED_FILES)
 
     def backlog(self, place: Any) -> Backlog:
-        place = place or self._cursor()
+        place = place or self.cursor()
         waiting = self._run("SELECT count(*) FROM {t} WHERE (xid, id) > (?, ?)", *place).fetchone()[0]
         first = self._run("SELECT {now} - queued_at FROM {t} WHERE (xid, id) > (?, ?) ORDER BY xid, id LIMIT 1", *place)
         failed = self._run("SELECT count(*) FROM {t_failed}").fetchone()[0]
@@ -4672,13 +4714,12 @@ class _PostgresLink(_SqlLink):
     def is_alive(self) -> bool:
         return not self._connection.closed and not _is_readable(self._connection.fileno())
 
-    def attach(self, place: Any) -> Any:
+    def attach(self) -> None:
         self._run("SET lock_timeout = 1000")  # whose table somebody locks is still sent what can be read
         self._run("LISTEN {t}")
         with self._connection.transaction():  # what was restored into another cluster has numbers from its future
             self._run("UPDATE {t} SET xid = 0 WHERE xid >= {unborn}")
             self._run("UPDATE {t_nodes} SET xid = 0 WHERE xid >= {unborn}")
-        return super().attach(place)
 
     def _rows(self, place: Any, max_bytes: int) -> Any:
         return self._run(
@@ -4795,19 +4836,19 @@ class _RedisLink(Link):
         info = self._redis.xinfo_stream(self._key)
         return _redis_place(info["last-generated-id"]), info["length"], info.get("entries-added", 0)
 
-    def attach(self, place: Any) -> Any:
-        last, length, added = self._info()
-        if place is None:
-            place, count = self._cursor()
-            self.location.memory.count = added - length if place == (0, 0) else count
-        return min(place, last)  # a replica that took over may end before what was read
+    def attach(self) -> None:
+        """There is nothing to do."""
 
-    def _cursor(self) -> tuple[Any, int]:
-        """Of the node, or of the furthest one: the place, and how many entries have ever been up to it."""
-        found = self._notes()
-        self.location.memory.is_new = bool(found) and self.location.node not in found
+    def newest(self) -> Any:
+        return self._info()[0]
+
+    def cursor(self) -> Any:
+        """Of the node, or of the furthest one; memory.count is how many entries have ever been up to it."""
+        found, memory, (last, length, added) = self._notes(), self.location.memory, self._info()
+        memory.is_new = bool(found) and self.location.node not in found
         place, count, _ = found.get(self.location.node) or max(found.values(), default=((0, 0), 0, 0.0))
-        return place, count
+        memory.count = added - length if place == (0, 0) else count
+        return min(place, last)  # the stream alone may have been deleted
 
     def _notes(self) -> dict[str, tuple[Any, int, float]]:
         notes = {}
@@ -4845,8 +4886,8 @@ class _RedisLink(Link):
         _, length, added = self._info()
         return (0, 0) if 0 < added == length else None
 
-    def past(self, place: Any) -> list[Entry]:
-        found = self._redis.xrevrange(self._key, f"({id_of(place)}", count=CHUNK)
+    def past(self, place: Any, count: int) -> list[Entry]:
+        found = self._redis.xrevrange(self._key, f"({id_of(place)}", count=count)
         return [self._entry(*pair) for pair in found]
 
     def save(self, place: Any) -> None:
@@ -4881,13 +4922,11 @@ class _RedisLink(Link):
                 self._redis.hdel(f"{self._key}:nodes", node)
 
     def backlog(self, place: Any) -> Backlog:
-        last, length, added = self._info()
-        count = self.location.memory.count
-        if place is None:
-            place, count = self._cursor()
+        (last, length, added), memory = self._info(), self.location.memory
+        place = place or self.cursor()
         if place >= last:
-            count = self.location.memory.count = added
-        waiting = 0 if place >= last else max(1, min(length, added - count if added else length))
+            memory.count = added
+        waiting = 0 if place >= last else max(1, min(length, added - memory.count if added else length))
         first = self._redis.xrange(self._key, f"({id_of(place)}", count=1) if waiting else []
         failed = self._redis.xlen(f"{self._key}:failed")
         failures = self._redis.xrevrange(f"{self._key}:failed", count=MONITOR_FAILURES) if failed else []
@@ -4963,7 +5002,7 @@ class _AmqpLink(Link):
             return bool(self._channel.is_open)
         return False
 
-    def attach(self, place: Any) -> Any:
+    def attach(self) -> None:
         milliseconds, lost = int(self.location.keep_seconds * 1000), f"{self._queue}:lost"
         self._channel.queue_declare(self._failed, durable=True, arguments={"x-max-length": FAILED_FILES})
         self._channel.queue_declare(lost, durable=True, arguments={
@@ -4985,6 +5024,8 @@ class _AmqpLink(Link):
         except self._pika.exceptions.ChannelClosedByBroker as error:
             raise QueueError(f"{_reason(error)}; another server is the node {self.location.node}: give each a name of"
                              " its own (node, --node)") from error
+
+    def cursor(self) -> Any:
         return self._serial, 0
 
     def _note_loss(self, *_: Any) -> None:

@@ -152,6 +152,19 @@ def test_an_entry_that_comes_twice_is_a_repeat():
     assert send(made, event("5-2")) == []
 
 
+def test_after_its_queue_went_back_a_history_begins_anew():
+    """Ids are used again: an event with a known one is no repeat, and who comes with one is told."""
+    made = history()
+    send(made, event("5-1"), event("5-2"), event("5-3"))
+    behind = made.position("5-2")
+    assert send(made, event("5-1~reset"), event("5-2")) == ["5-1~reset", "5-2"]
+    assert made.after(behind, None, (), 1 << 20) is None
+    assert [after(made, identity) for identity in ("5-1", "5-2", "5-3", "5-1~reset")] == [None] * 4
+    send(made, event("5-3"), event("5-4"), event("5-5"))
+    assert after(made, "5-3") is None
+    assert after(made, "5-4") == ["5-5"]
+
+
 def test_two_servers_agree_about_every_client():
     """Whoever leaves one anywhere and comes to the other, wherever that is, gets what comes next, or waits for it."""
     rng = random.Random(5)
