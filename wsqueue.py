@@ -4977,6 +4977,7 @@ class _AmqpLink(Link):
         parameters.heartbeat = 5 if self.reads else 0  # who only sends does not look at it in between
         self._connection = type("Patient", (pika.BlockingConnection,), {
             "_flush_output": _flush_patiently, "link": self})(parameters)
+        self._connection._impl._read_frame = functools.partial(_read_frame, pika, self._connection._impl)
         try:
             self._channel = self._connection.channel()
             self._channel.exchange_declare(location.name, "fanout", durable=True)
@@ -5121,6 +5122,18 @@ def _flush_patiently(connection: Any, *waiters: Any) -> None:
         super(type(connection), connection)._flush_output(*waiters)
     finally:
         connection._impl.ioloop.remove_timeout(timer)
+
+
+def _read_frame(pika: Any, impl: Any) -> Any:
+    """pika's Connection._read_frame(), which at properties that it cannot decode (a time beyond the year 9999) stands
+    still for good. Such a message comes without them."""
+    try:
+        return type(impl)._read_frame(impl)
+    except Exception:
+        kind, channel, size, _, body_size = struct.unpack_from(">BHLLQ", impl._frame_buffer)
+        if kind != pika.spec.FRAME_HEADER or impl._frame_buffer[size + 7] != pika.spec.FRAME_END:
+            raise
+        return size + 8, pika.frame.Header(channel, body_size, pika.BasicProperties())
 
 
 _ENGINES.update({

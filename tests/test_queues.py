@@ -787,6 +787,26 @@ def test_a_stream_entry_without_data_is_set_aside(queue, store):
     assert "data" in reason
 
 
+class OddProperties(pika.BasicProperties):
+    """A header that the broker passes on, and that pika itself would neither send nor read."""
+
+    def encode(self):
+        return [b"".join(super().encode()).replace(b"\1wl" + (2**40).to_bytes(8, "big"), b"\1w" + self.odd)]
+
+
+@only("amqp")
+@pytest.mark.parametrize("seconds", [1763890123456, 2**64 - 1], ids=["milliseconds", "the largest"])
+def test_a_header_that_the_library_cannot_read_holds_nothing_up(queue, store, seconds):
+    """It is of no use to us: the event is sent like any other, and so is what follows it."""
+    properties = OddProperties(delivery_mode=2, headers={"w": 2**40}, message_id="one")
+    properties.odd = b"T" + seconds.to_bytes(8, "big")
+    with store.channel() as channel:
+        channel.confirm_delivery()
+        channel.basic_publish(store.name, "", b'{"event": "odd"}', properties, mandatory=True)
+    store.add(b'{"event": "good"}')
+    assert named(drain(queue, 2)) == ["odd", "good"]
+
+
 @only("sqlite")
 @pytest.mark.parametrize("value", [None, 42, 1.5])
 def test_a_row_without_text_is_set_aside_or_refused(queue, store, value):
