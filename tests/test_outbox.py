@@ -68,11 +68,11 @@ class PostgresDatabase:
 
 
 @contextmanager
-def new_postgres_database(broker):
+def new_postgres_database(broker, options=""):
     """Empty; it is gone when the block ends."""
     name = f"app_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(broker.admin_url, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} OWNER {urlsplit(broker.url).username}")
+        admin.execute(f"CREATE DATABASE {name} OWNER {urlsplit(broker.url).username} {options}")
         try:
             yield PostgresDatabase(broker, name)
         finally:
@@ -670,3 +670,21 @@ def test_restored_into_another_cluster_what_waits_is_sent(database, connection, 
         assert place_order(connection, 6)
         connection.commit()
         assert arrived(queue, database) == [6]
+
+
+# ---- A database that does not know what its bytes mean -----------------------------------------------------
+
+
+def test_what_is_no_text_is_set_aside_where_the_database_takes_any_bytes(postgres_broker):
+    """PostgreSQL's SQL_ASCII: what other programs wrote in UTF-8 is sent, and anything else holds nothing up."""
+    with new_postgres_database(postgres_broker, "ENCODING 'SQL_ASCII' TEMPLATE template0") as database:
+        with consuming(database) as queue:
+            assert queue.take() == []
+            with closing(database.connect()) as connection:
+                for payload in ("ü", "\udcff", "ä"):
+                    data = f'{{"event": "e", "payload": "{payload}"}}'.encode("utf-8", "surrogateescape")
+                    connection.pgconn.exec_params(b"INSERT INTO wsqueue (data) VALUES ($1)", [data])
+            assert arrived(queue, database) == ["ü", "ä"]
+            assert queue.backlog().failed == 1
+            assert "UTF-8" in queue.backlog().failures[0]["reason"]
+            assert [name for name, _ in queue.nodes()] == ["one"]

@@ -120,6 +120,9 @@ class SqlStore:
         mark = self.mark
         self.execute(f"INSERT INTO {{}} (data, queued_at) VALUES ({mark}, {mark})", data.decode(), time.time() - age)
 
+    def count(self):
+        return self.execute("SELECT count(*) FROM {}")[0][0]
+
     def make_older(self, node, seconds):
         """As if the node had not been seen for so much longer."""
         self.execute(f"UPDATE {{}}_nodes SET seen_at = seen_at - {self.mark} WHERE node = {self.mark}", seconds, node)
@@ -173,6 +176,10 @@ class RedisStore:
         """Only while nothing younger is in it."""
         with self.connect() as client:
             client.xadd(self.key, {"data": data}, id=f"{int((time.time() - age) * 1000)}-0")
+
+    def count(self):
+        with self.connect() as client:
+            return client.xlen(self.key)
 
     def make_older(self, node, seconds):
         with self.connect() as client:
@@ -821,6 +828,29 @@ def test_a_row_without_text_is_set_aside_or_refused(queue, store, value):
     assert len(store.failed()) == 1
 
 
+@only("sqlite", "postgresql")
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_with_a_made_up_number_hide_nothing(queue_url, make_queue, store, monkeypatch, count):
+    """What somebody has put far ahead is sent before long, in its order; what else is queued, as if it were not there.
+    """
+    monkeypatch.setattr(wsqueue, "SEEN_SECONDS", 0.1)
+    queue = make_queue()
+    assert queue.take() == []
+    monkeypatch.setattr("wsqueue._SqlLink.tidy", lambda _: None)
+    assert queue_event(queue_url, "before")
+    for number in range(count):
+        store.execute(f"INSERT INTO {{}} (xid, data) VALUES ({10**18 + number}, '{{{{\"event\": \"{number}\"}}}}')")
+    assert named(up_to_mark(queue, queue_url)) == ["before"]
+    assert queue_event(queue_url, "after")
+    assert named(up_to_mark(queue, queue_url)) == ["after"]
+    monkeypatch.undo()
+    queue.close()
+    again = make_queue()
+    assert named(drain(again, count)) == list(map(str, range(count)))
+    assert queue_event(queue_url, "last")
+    assert named(up_to_mark(again, queue_url)) == ["last"]
+
+
 # ---- Waiting -----------------------------------------------------------------------------------------------
 
 wakes = only("directory", *SERVERS)  # SQLite tells nobody of anything: its servers look ten times a second
@@ -1382,6 +1412,41 @@ def test_entries_that_are_too_old_are_removed(queue_url, make_queue, others_remo
 
 
 @only(*SHARED)
+def test_nothing_stays_for_longer_because_nothing_follows(queue_url, make_queue, others_remove, store, caplog):
+    """The last entries of a queue go at keep_seconds, too; whoever has seen them goes on without a word."""
+    url = with_parameters(queue_url, keep_seconds=1800)
+    queue = emptied_by_age(url, make_queue, others_remove, store)
+    assert queue_event(url, "young")
+    assert named(up_to_mark(queue, url)) == ["young"]
+    queue.close()
+    assert named(up_to_mark(make_queue(url=url), url)) == []
+    assert ours(caplog, "WARNING") == []
+
+
+@only(*SHARED)
+def test_what_is_removed_after_all_was_removed_is_no_silent_hole(queue_url, make_queue, others_remove, store, caplog):
+    """A node knows the one from the other: here it has missed something."""
+    url = with_parameters(queue_url, keep_seconds=1800, keep_events=100)
+    queue = emptied_by_age(url, make_queue, others_remove, store)
+    for number in range(500):
+        assert queue_event(url, "e", number)
+    others_remove(url)
+    assert_said_once(queue, url, caplog, 499, 99)
+
+
+def emptied_by_age(url, make_queue, others_remove, store):
+    """Returns a consumer that has seen all there was."""
+    queue = make_queue(url=url)
+    assert queue.take() == []
+    for number in range(2):
+        store.add_old(b'{"event": "old"}', 3600 - number)
+    queue.done(drain(queue, 2))
+    others_remove(url)
+    assert store.count() == 0
+    return queue
+
+
+@only(*SHARED)
 def test_what_all_have_seen_is_removed_without_a_word(queue_url, make_queue, others_remove, caplog):
     """The normal course: a queue does not grow for ever, and nobody misses anything."""
     url = with_parameters(queue_url, keep_events=400)
@@ -1511,6 +1576,22 @@ def test_status_shows_the_nodes_and_what_waits_for_them(queue_url, make_queue, s
         assert "node-a" in done.stdout and "node-b" in done.stdout
     if urlsplit(queue_url).password:
         assert_secret(done.stdout + done.stderr, queue_url)
+
+
+@only("amqp")
+def test_status_says_that_it_does_not_see_what_a_server_has_fetched(queue_url, queue):
+    """RabbitMQ does not tell; it does once they are given back."""
+
+    def backlog():
+        done = run_cli("status", "--node", "one", env=environment(WS_QUEUE_PATH=queue_url))
+        return re.search("^backlog  (.*)$", done.stdout, re.MULTILINE)[1]
+
+    for number in range(3):
+        assert queue_event(queue_url, "e", number)
+    take_all(queue, 3)
+    assert backlog() == "0 or more"
+    queue.close()
+    assert re.match(r"3\b(?! or)", backlog())
 
 
 @pytest.mark.parametrize("command", ["send e", "status"])
