@@ -4064,9 +4064,8 @@ class Link:
     append() adds an entry; attach() makes it a node's, and cursor() returns the place to go on at; read() returns the
     entries behind a place, and has_lost() whether others were removed there; save() remembers a place; tidy() removes
     what is too old, or too much; listen() waits until there may be more; set_aside() and backlog() are as in section 5.
-    Where it is shared, past() returns `count` entries before a place, the last first; newest() up to where there have
-    been any, and removed() up to where there are none any more (None: nobody knows). All end by the deadline, and raise
-    one of `errors`, or QueueError.
+    Where it is shared, past() returns `count` entries before a place, the last first, and removed() up to where there
+    are none any more (None: nobody knows). All end by the deadline, and raise one of `errors`, or QueueError.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]] = ()  # the library's; load() imports it, and checks the URL
@@ -4080,6 +4079,9 @@ class Link:
 
     def limit(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
+
+    def attach(self) -> None:
+        """Where there is anything to do for that."""
 
     def complaint(self) -> str:
         """What keeps entries from being read, though nothing has failed."""
@@ -4226,26 +4228,22 @@ class BrokerQueue:
     def _reading(self) -> Iterator[Any]:
         if time.monotonic() < self._retry_at:
             raise QueueError(self._trouble)
-        with self._link.guard, self._linked() as link:
-            yield link
-
-    @contextlib.contextmanager
-    def _linked(self) -> Iterator[Any]:
-        try:
-            if self._reader is None:
-                self._reader = self._link(self._location, READ_SECONDS)
-                self._attach(self._reader)
-            self._reader.limit(READ_SECONDS)
-            yield self._reader
-        except Exception as error:
-            self._reader = _drop(self._reader)
-            if not isinstance(error, (QueueError, *self._link.errors)):
-                raise  # a bug: with its traceback, and with another link the next time
-            pause = min(RETRY_SECONDS, 0.1 * 2 ** min(self._failures, 6)) * (0.5 + os.urandom(1)[0] / 512)
-            self._failures, self._retry_at = self._failures + 1, time.monotonic() + pause
-            self._trouble = f"cannot read queue {self.path}: {_reason(error)}"
-            raise QueueError(self._trouble) from error
-        self._failures = 0
+        with self._link.guard:
+            try:
+                if self._reader is None:
+                    self._reader = self._link(self._location, READ_SECONDS)
+                    self._attach(self._reader)
+                self._reader.limit(READ_SECONDS)
+                yield self._reader
+                self._failures = 0
+            except Exception as error:
+                self._reader = _drop(self._reader)
+                if not isinstance(error, (QueueError, *self._link.errors)):
+                    raise  # a bug: with its traceback, and with another link the next time
+                pause = min(RETRY_SECONDS, 0.1 * 2 ** min(self._failures, 6)) * (0.5 + os.urandom(1)[0] / 512)
+                self._failures, self._retry_at = self._failures + 1, time.monotonic() + pause
+                self._trouble = f"cannot read queue {self.path}: {_reason(error)}"
+                raise QueueError(self._trouble) from error
 
     def _attach(self, link: Any) -> None:
         """A broker goes back when a copy that lags behind takes over, or an older backup is restored; then it may use
@@ -4256,7 +4254,7 @@ class BrokerQueue:
         link.attach()
         if self._place is not None and self.shared:
             found = link.past(_behind(self._place), 1)
-            if self._mark in (None, found) if found else link.newest() >= self._place:
+            if self._mark in (None, found) if found else link.cursor() >= self._saved:  # if none: they may be too old
                 return
             self._hole, self._age = "has gone back to an earlier state", self._age + 1
         place = link.cursor()
@@ -4471,13 +4469,6 @@ class _SqlLink(Link):
     def append(self, data: bytes, durable: bool) -> None:
         self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data, self.location.most))
 
-    def attach(self) -> None:
-        """There is nothing to do."""
-
-    def newest(self) -> Any:
-        found = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1").fetchone()
-        return found or self.removed()
-
     def cursor(self) -> Any:
         """The node's; of one that is new, that of the furthest."""
         found = self._run("SELECT xid, id, node FROM {t_nodes} WHERE node <> '' ORDER BY node = ? DESC, xid DESC, id"
@@ -4543,8 +4534,12 @@ class _SqlLink(Link):
                   " ORDER BY failed_at DESC LIMIT 1 OFFSET ?)", FAILED_SECONDS, FAILED_FILES)
 
     def _put_in_order(self) -> None:
-        """Rows with a made-up xid, which is ahead of all that are to come: they take their place behind the others."""
-        raise NotImplementedError
+        """Rows with a made-up xid, that is ahead of all that are to come: they are queued anew."""
+        with self._connection:  # rolls back, or commits
+            self._run("BEGIN IMMEDIATE")
+            self._run("INSERT INTO {t} (queued_at, data) SELECT queued_at, data FROM {t} WHERE {ahead}"
+                      " ORDER BY xid, id")
+            self._run("DELETE FROM {t} WHERE {ahead}")
 
     def backlog(self, place: Any) -> Backlog:
         place = place or self.cursor()
@@ -4645,14 +4640,6 @@ class _SqliteLink(_SqlLink):
         if not self.is_alive():
             raise QueueError("its file was removed or replaced")
         return super().read(place, max_bytes)
-
-    def _put_in_order(self) -> None:
-        if self._run("SELECT 1 FROM {t} WHERE {ahead}").fetchone():
-            with self._connection:  # rolls back, or commits
-                self._run("BEGIN IMMEDIATE")
-                self._run("INSERT INTO {t} (queued_at, data) SELECT queued_at, data FROM {t} WHERE {ahead} ORDER BY"
-                          " xid, id")
-                self._run("DELETE FROM {t} WHERE {ahead}")
 
     def append(self, data: bytes, durable: bool) -> None:
         self._run(f"PRAGMA busy_timeout = {int((self.deadline - time.monotonic()) * 1000)}")
@@ -4864,21 +4851,17 @@ class _RedisLink(Link):
         info = self._redis.xinfo_stream(self._key)
         return _redis_place(info["last-generated-id"]), info["length"], info.get("entries-added", 0)
 
-    def attach(self) -> None:
-        """There is nothing to do."""
-
-    def newest(self) -> Any:
-        return self._info()[0]
-
     def cursor(self) -> Any:
-        """Of the node, or of the furthest one; memory.count is how many entries have ever been up to it."""
+        """The node's, or that of the furthest one."""
         found, memory, (last, length, added) = self._notes(), self.location.memory, self._info()
         memory.is_new = bool(found) and self.location.node not in found
-        place, count, _ = found.get(self.location.node) or max(found.values(), default=((0, 0), 0, 0.0))
+        place, count, _ = found.get(self.location.node) or max(found.values(), default=_NOWHERE)
         memory.count = added - length if place == (0, 0) else count
         return min(place, last)  # the stream alone may have been deleted
 
     def _notes(self) -> dict[str, tuple[Any, int, float]]:
+        """Of each node: its place, how many entries have ever been up to it, and when that was. Under the empty name:
+        where the queue ended when all of it was too old."""
         notes = {}
         for node, value in self._redis.hgetall(f"{self._key}:nodes").items():
             with contextlib.suppress(ValueError):  # anyone may write there
@@ -4905,13 +4888,10 @@ class _RedisLink(Link):
         return Entry(place, id_of(place), place[0] / 1000, fields.get(b"data", b""))
 
     def has_lost(self, place: Any) -> bool:
-        _, length, added = self._info()
-        if place == (0, 0):
-            return added > length
         if self._redis.xrange(self._key, id_of(place), id_of(place)):
             return False
-        end, count, _ = self._notes().get("") or ((0, 0), 0, 0.0)  # see tidy()
-        return not (place == end and 0 < added - length <= count)
+        (_, length, added), (end, count, _) = self._info(), self._notes().get("", _NOWHERE)
+        return place != end or added - length > count
 
     def removed(self) -> Any:
         _, length, added = self._info()
@@ -4976,6 +4956,9 @@ class _RedisLink(Link):
 
     def close(self) -> None:
         self._redis.connection_pool.disconnect()
+
+
+_NOWHERE: tuple[Any, int, float] = ((0, 0), 0, 0.0)
 
 
 def _redis_place(identity: bytes | str) -> tuple[int, int]:

@@ -8,9 +8,11 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -332,6 +334,42 @@ def test_postgres_whose_table_is_locked(postgres_site):
             assert eventually(lambda: in_trouble(it.server), PATIENCE)
 
 
+@pytest.mark.parametrize("kind, data", [("redis", "appendonlydir"), ("postgres", "data")])
+def test_broker_that_is_restored_from_an_older_backup(kind, data, request, tmp_path):
+    """What is queued before the server is back is sent, and so is what follows; whoever has ids is told."""
+    site = request.getfixturevalue(f"{kind}_site")
+    directory, backup, direct = site.broker.log.parent, tmp_path / "backup", site.broker.queue_url("restored")
+    url = site.broker.queue_url("restored", port=site.cutter.port)
+    with serving(url) as server, reading(server.url) as plain, reading(server.url, with_last_id("/", "")) as resuming:
+        queue(direct, plain, 1, 2)
+        site.broker.stop()
+        subprocess.run(["cp", "-a", str(directory / data), str(backup)], check=True)
+        site.broker.start()
+        queue(direct, plain, *range(3, 9))
+        site.cutter.refuse()
+        site.broker.stop()
+        shutil.rmtree(str(directory / data))
+        subprocess.run(["cp", "-a", str(backup), str(directory / data)], check=True)
+        site.broker.start()
+        queue(direct, None, *range(10, 25))
+        site.cutter.heal()
+        queue(direct, plain, 25)
+        eventually(lambda: has_come(resuming, 25), PATIENCE)
+        assert [payload for payload in events_of(plain) if payload >= 10] == list(range(10, 26))
+        told = [json.loads(message)["event"] for message in resuming.messages].index("wsqueue.reset")
+        after = [json.loads(message)["payload"] for message in list(resuming.messages)[told + 1:]]
+        assert [payload for payload in after if payload >= 10] == list(range(10, 26))
+
+
+def queue(url, reader, *payloads):
+    """By a process that has no connection yet; and wait until the reader has them."""
+    for payload in payloads:
+        assert queue_event(url, "e", payload)
+    disconnect(url)
+    if reader:
+        eventually(lambda: has_come(reader, payloads[-1]), PATIENCE, f"the event {payloads[-1]}")
+
+
 def test_postgres_that_ends_connections(postgres_site):
     """Those that an administrator, or a proxy, ends are made anew, and no event is repeated."""
     with flow(postgres_site.broker.queue_url()) as it:
@@ -523,6 +561,7 @@ class Nowhere(wsqueue.Link):
         """There is nothing to close."""
 
 
+@pytest.mark.timeout(method="thread")  # the other method has use for alarms, too
 @pytest.mark.usefixtures("_alarms_raise")
 def test_a_signal_handler_that_raises_leaves_the_queue_free():
     """At whatever moment of put() it comes: the next put() does not wait for a lock that nobody holds."""
