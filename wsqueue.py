@@ -4254,7 +4254,8 @@ class BrokerQueue:
         link.attach()
         if self._place is not None and self.shared:
             found = link.past(_behind(self._place), 1)
-            if self._mark in (None, found) if found else link.cursor() >= self._saved:  # if none: they may be too old
+            is_whole = self._mark in (None, found) if found else link.cursor() >= self._saved  # none: removed by age
+            if is_whole:
                 return
             self._hole, self._age = "has gone back to an earlier state", self._age + 1
         place = link.cursor()
