@@ -4061,9 +4061,10 @@ def id_of(place: tuple[int, int]) -> str:
 class Link:
     """One connection to a broker: it knows the broker's language, and nothing else.
 
-    append() adds an entry; attach() makes it a node's, and cursor() returns the place to go on at; read() returns the
-    entries behind a place, and has_lost() whether others were removed there; save() remembers a place; tidy() removes
-    what is too old, or too much; listen() waits until there may be more; set_aside() and backlog() are as in section 5.
+    append() adds an entry; attach() makes it a node's; save() remembers its place, and cursor() returns it (to a new
+    one, that of the furthest); read() returns the entries behind a place, has_lost() whether others were removed there;
+    tidy() removes what is too old, or too much; listen() waits until there may be more; set_aside() keeps what is no
+    event; backlog() is as in section 5.
     Where it is shared, past() returns `count` entries before a place, the last first, and removed() up to where there
     are none any more (None: nobody knows). All end by the deadline, and raise one of `errors`, or QueueError.
     """
@@ -4471,7 +4472,6 @@ class _SqlLink(Link):
         self._run("INSERT INTO {t} (data) VALUES (?)", _in_ascii(data, self.location.most))
 
     def cursor(self) -> Any:
-        """The node's; of one that is new, that of the furthest."""
         found = self._run("SELECT xid, id, node FROM {t_nodes} WHERE node <> '' ORDER BY node = ? DESC, xid DESC, id"
                           " DESC LIMIT 1", self.location.node).fetchone()
         *place, node = found or (0, 0, "")
@@ -4853,7 +4853,6 @@ class _RedisLink(Link):
         return _redis_place(info["last-generated-id"]), info["length"], info.get("entries-added", 0)
 
     def cursor(self) -> Any:
-        """The node's, or that of the furthest one."""
         found, memory, (last, length, added) = self._notes(), self.location.memory, self._info()
         memory.is_new = bool(found) and self.location.node not in found
         place, count, _ = found.get(self.location.node) or max(found.values(), default=_NOWHERE)
