@@ -974,6 +974,7 @@ def test_no_event_is_skipped_after_a_broker_went_back(bus, again):
         last, _ = ([client.recv().id for _ in range(6)] for client in clients)
         with asleep(server.process):
             new = [encoded(record(10 + number)) for number in range(again)]
+            wsqueue.close_queues()
             bus.restore(backup, zip(map(place, last[1:]), new))
             for data in new[5:]:
                 bus.insert(data)
