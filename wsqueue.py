@@ -4248,15 +4248,14 @@ class BrokerQueue:
 
     def _attach(self, link: Any) -> None:
         """A broker goes back when a copy that lags behind takes over, or an older backup is restored; then it may use
-        places again. It has if, up to our place, its last entry is not what we took there. What we promise: nothing is
-        skipped. We go on where it knows us to have been: what we have sent since may come twice, and clients are told.
-        Only what is started after that cannot know of it, and takes ids from before for those of now.
+        places again. It has if, up to our place, its last entry is not what we took there. We promise that nothing is
+        skipped: we go on where it knows us to have been, what we have sent since may come twice, and clients are told.
+        A server that is started after that cannot know of it, and takes ids from before for those of now.
         """
         link.attach()
         if self._place is not None and self.shared:
             found = link.past(_behind(self._place), 1)
-            is_whole = self._mark in (None, found) if found else link.cursor() >= self._saved  # none: removed by age
-            if is_whole:
+            if self._mark in (None, found) if found else link.cursor() >= self._saved:  # none: they were removed by age
                 return
             self._hole, self._age = "has gone back to an earlier state", self._age + 1
         place = link.cursor()
@@ -4490,8 +4489,8 @@ class _SqlLink(Link):
         return entries
 
     def _rows(self, place: Any, max_bytes: int) -> Any:
-        return self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN data END, 1 FROM {t} WHERE (xid, id) >"
-                         " (?, ?) AND NOT {ahead} ORDER BY xid, id LIMIT ?", self.location.most, *place, ENTRIES)
+        return self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN {data} END, 1 FROM {t} WHERE (xid, id)"
+                         " > (?, ?) ORDER BY xid, id LIMIT ?", self.location.most, *place, ENTRIES)
 
     def has_lost(self, place: Any) -> bool:
         return bool(self.removed() > place)
@@ -4500,7 +4499,7 @@ class _SqlLink(Link):
         return self._run("SELECT xid, id FROM {t_nodes} WHERE node = ''").fetchone() or (0, 0)
 
     def past(self, place: Any, count: int) -> list[Entry]:
-        rows = self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN data END FROM {t} WHERE (xid, id) <"
+        rows = self._run("SELECT xid, id, queued_at, CASE WHEN {size} <= ? THEN {data} END FROM {t} WHERE (xid, id) <"
                          " (?, ?) ORDER BY xid DESC, id DESC LIMIT ?", self.location.most, *place, count)
         return [_row_entry(*row) for row in rows.fetchall()]
 
@@ -4520,7 +4519,6 @@ class _SqlLink(Link):
     def tidy(self) -> None:
         """Entries go in their order: up to one place all are gone, and behind it none. The clock is the broker's."""
         location, end = self.location, (1 << 63) - 1
-        self._put_in_order()
         too_many = self._run("SELECT xid, id FROM {t} ORDER BY xid DESC, id DESC LIMIT 1 OFFSET ?",
                              location.keep_events)
         too_old = self._run("SELECT xid, id FROM {t} WHERE (xid, id) < (SELECT * FROM (SELECT xid, id FROM {t} WHERE"
@@ -4533,14 +4531,6 @@ class _SqlLink(Link):
         self._run("DELETE FROM {t_nodes} WHERE seen_at < {now} - ? AND node <> ''", location.keep_seconds)
         self._run("DELETE FROM {t_failed} WHERE failed_at < {now} - ? OR failed_at < (SELECT failed_at FROM {t_failed}"
                   " ORDER BY failed_at DESC LIMIT 1 OFFSET ?)", FAILED_SECONDS, FAILED_FILES)
-
-    def _put_in_order(self) -> None:
-        """Rows with a made-up xid, that is ahead of all that are to come: they are queued anew."""
-        with self._connection:  # rolls back, or commits
-            self._run("BEGIN IMMEDIATE")
-            self._run("INSERT INTO {t} (queued_at, data) SELECT queued_at, data FROM {t} WHERE {ahead}"
-                      " ORDER BY xid, id")
-            self._run("DELETE FROM {t} WHERE {ahead}")
 
     def backlog(self, place: Any) -> Backlog:
         place = place or self.cursor()
@@ -4563,11 +4553,6 @@ def _row_entry(xid: int, number: int, stamp: float, data: Any) -> Entry:
     return Entry((xid, number), id_of((xid, number)), _finite(stamp, time.time()), raw)
 
 
-def _any_text(raw: Any) -> str:
-    """Of a row that may hold any bytes, and must not hide the rest."""
-    return bytes(raw).decode("utf-8", "surrogateescape")
-
-
 def _finite(value: Any, default: float) -> float:
     """A column holds what somebody has put there: infinity, or a text."""
     return float(value) if isinstance(value, (int, float)) and value - value == 0 else default
@@ -4579,7 +4564,7 @@ class _SqliteLink(_SqlLink):
     grace = 10.0  # for its one writer may be another
     guard = _NO_FORK
     words: ClassVar = {
-        "serial": "INTEGER PRIMARY KEY AUTOINCREMENT", "size": "length(CAST(data AS BLOB))",
+        "serial": "INTEGER PRIMARY KEY AUTOINCREMENT", "size": "length(CAST(data AS BLOB))", "data": "data",
         "now": "(julianday('now') - 2440587.5) * 86400.0"}
 
     @classmethod
@@ -4604,18 +4589,16 @@ class _SqliteLink(_SqlLink):
 
         path = self._path(self.location)
         os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
-        self._words["xid"] = str(int(time.time() * 1e6))
+        xid = int(time.time() * 1e6)
+        self._words["xid"] = f"{xid} CHECK (xid = {xid})"  # a made-up one would be ahead of all that are to come
         # A writer waits for another one. A server has to send meanwhile, and can save its place later.
         patience = min(max(0.0, self.deadline - time.monotonic()), 0.25 if self.reads else 1.5)
         connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
-        connection.text_factory = _any_text
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # a bad row must not hide the rest
         self._connection = connection
         try:
             while not self._is_prepared():
                 time.sleep(0.005)
-            (xid,) = self._run("SELECT dflt_value FROM pragma_table_info(?) WHERE name = 'xid'",
-                               self.location.name).fetchone()
-            self._words["ahead"] = f"xid > {xid}"
             self._status = os.stat(path)
         except BaseException:
             connection.close()
@@ -4684,7 +4667,7 @@ class _PostgresLink(_SqlLink):
     mark = "%s"
     words: ClassVar = {
         "xid": "(pg_current_xact_id()::text::bigint)", "serial": "BIGINT GENERATED BY DEFAULT AS IDENTITY",
-        "size": "octet_length(data)", "now": "extract(epoch FROM clock_timestamp())",
+        "size": "octet_length(data)", "data": "data", "now": "extract(epoch FROM clock_timestamp())",
         "oldest": "pg_snapshot_xmin(pg_current_snapshot())::text::bigint",
         "ahead": "xid >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint"}
 
@@ -4707,9 +4690,7 @@ class _PostgresLink(_SqlLink):
         connection.add_notify_handler(self._hear)
         try:
             if connection.info.parameter_status("server_encoding") == "SQL_ASCII":  # any bytes, and UTF-8 is not sure
-                connection.execute("SET client_encoding = 'SQL_ASCII'")
-                connection.adapters.register_loader("text", type("AnyText", (psycopg.adapt.Loader,), {
-                    "load": lambda _, raw: _any_text(raw)}))
+                self._words["data"] = "convert_to(data, 'SQL_ASCII')"
             tables = [self._words[name] for name in ("t", "t_nodes", "t_failed")]
             if None in self._run("SELECT to_regclass(?), to_regclass(?), to_regclass(?)", *tables).fetchone():
                 with connection.transaction():
@@ -4734,12 +4715,13 @@ class _PostgresLink(_SqlLink):
             if self._run("UPDATE {t_nodes} SET xid = 0 WHERE {ahead}").rowcount:
                 self._run("UPDATE {t} SET xid = 0 WHERE {ahead}")
 
-    def _put_in_order(self) -> None:
-        self._run("UPDATE {t} SET xid = {xid} WHERE {ahead}")
+    def tidy(self) -> None:
+        self._run("UPDATE {t} SET xid = {xid} WHERE {ahead}")  # made up, and no number of a transaction before long
+        super().tidy()
 
     def _rows(self, place: Any, max_bytes: int) -> Any:
         return self._run(
-            "SELECT xid, id, queued_at, CASE WHEN size <= ? THEN data END, xid < {oldest} FROM (SELECT *, sum(size)"
+            "SELECT xid, id, queued_at, CASE WHEN size <= ? THEN {data} END, xid < {oldest} FROM (SELECT *, sum(size)"
             " OVER (ORDER BY xid, id) - size AS before FROM (SELECT *, {size} AS size FROM {t} WHERE (xid, id) >"
             " (?, ?) ORDER BY xid, id LIMIT ?) AS next) AS few WHERE before < ? ORDER BY xid, id",
             self.location.most, *place, ENTRIES, max_bytes)
@@ -4831,7 +4813,7 @@ class _RedisLink(Link):
 
     def __init__(self, location: Location, patience: float) -> None:
         super().__init__(location, patience)
-        self._key = location.name
+        self._key, self._is_connected = location.name, False
         self._ahead: float | None = None  # seconds, of the broker's clock to ours
         self._chunk = 10  # entries, as many as are likely to be wanted: nobody knows their size before
         redis, seconds = _library("redis", "redis"), max(patience, PUT_SECONDS) / 4  # for each of some four answers
@@ -4839,8 +4821,16 @@ class _RedisLink(Link):
         names = ("driver_info",) if hasattr(redis, "DriverInfo") else ("lib_name", "lib_version")  # not to be told
         pool = redis.ConnectionPool.from_url(location.url)
         pool.connection_kwargs.update(dict.fromkeys(names), socket_connect_timeout=seconds, socket_timeout=seconds,
-                                      retry=retry, decode_responses=False)  # whatever the URL says
+                                      retry=retry, decode_responses=False,  # whatever the URL says
+                                      redis_connect_func=self._connect_once)
         self._redis = redis.Redis(connection_pool=pool)
+
+    def _connect_once(self, connection: Any) -> None:
+        """A server's link must not outlive its connection, as the library would have it: attach() looks for changes."""
+        if self._is_connected and self.reads:
+            raise ConnectionError("the connection was closed")
+        self._is_connected = True
+        connection.on_connect()
 
     def append(self, data: bytes, durable: bool) -> None:
         self._redis.xadd(self._key, {"data": data}, maxlen=self.location.keep_events, approximate=True)
@@ -4855,13 +4845,12 @@ class _RedisLink(Link):
     def cursor(self) -> Any:
         found, memory, (last, length, added) = self._notes(), self.location.memory, self._info()
         memory.is_new = bool(found) and self.location.node not in found
-        place, count, _ = found.get(self.location.node) or max(found.values(), default=_NOWHERE)
+        place, count, _ = found.get(self.location.node) or max(found.values(), default=((0, 0), 0, 0.0))
         memory.count = added - length if place == (0, 0) else count
         return min(place, last)  # the stream alone may have been deleted
 
     def _notes(self) -> dict[str, tuple[Any, int, float]]:
-        """Of each node: its place, how many entries have ever been up to it, and when that was. Under the empty name:
-        where the queue ended when all of it was too old."""
+        """Of each node: its place, how many entries have ever been up to it, and when that was."""
         notes = {}
         for node, value in self._redis.hgetall(f"{self._key}:nodes").items():
             with contextlib.suppress(ValueError):  # anyone may write there
@@ -4888,10 +4877,10 @@ class _RedisLink(Link):
         return Entry(place, id_of(place), place[0] / 1000, fields.get(b"data", b""))
 
     def has_lost(self, place: Any) -> bool:
-        if self._redis.xrange(self._key, id_of(place), id_of(place)):
-            return False
-        (_, length, added), (end, count, _) = self._info(), self._notes().get("", _NOWHERE)
-        return place != end or added - length > count
+        if place == (0, 0):
+            _, length, added = self._info()
+            return added > length
+        return not self._redis.xrange(self._key, id_of(place), id_of(place))
 
     def removed(self) -> Any:
         _, length, added = self._info()
@@ -4925,16 +4914,11 @@ class _RedisLink(Link):
                 raise
 
     def tidy(self) -> None:
-        oldest, (last, _, added) = self._clock() - self.location.keep_seconds, self._info()
-        least = int(oldest * 1000)
+        oldest, last = self._clock() - self.location.keep_seconds, self._info()[0]
         self._redis.xtrim(self._key, maxlen=self.location.keep_events)
-        if not added:
-            least = min(least, last[0])  # not the last, where nodes are: nobody could tell that they have lost nothing
-        elif last[0] < least:
-            self._redis.hset(f"{self._key}:nodes", "", f"{id_of(last)} {added} 0")  # from which they can
-        self._redis.xtrim(self._key, minid=least)
+        self._redis.xtrim(self._key, minid=min(int(oldest * 1000), last[0]))  # but for the last, where nodes are
         for node, (_, _, seen_at) in self._notes().items():
-            if node and seen_at < oldest:
+            if seen_at < oldest:
                 self._redis.hdel(f"{self._key}:nodes", node)
 
     def backlog(self, place: Any) -> Backlog:
@@ -4952,13 +4936,10 @@ class _RedisLink(Link):
             for identity, fields in failures])
 
     def nodes(self) -> list[tuple[str, float]]:
-        return [(node, self._clock() - seen_at) for node, (_, _, seen_at) in sorted(self._notes().items()) if node]
+        return [(node, self._clock() - seen_at) for node, (_, _, seen_at) in sorted(self._notes().items())]
 
     def close(self) -> None:
         self._redis.connection_pool.disconnect()
-
-
-_NOWHERE: tuple[Any, int, float] = ((0, 0), 0, 0.0)
 
 
 def _redis_place(identity: bytes | str) -> tuple[int, int]:

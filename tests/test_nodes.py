@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from urllib.parse import urlencode
 
 import psycopg
@@ -987,6 +987,30 @@ def test_no_event_is_skipped_after_a_broker_went_back(bus, again):
         assert [number for number in numbers_until_end(plain) if number >= 10] == due
         assert judge_holes(1, coming_back(server, bus.url, last[3])), "its id may be another event's by now"
         all_sent(bus.url, "a")
+
+
+@on("redis")
+def test_a_broker_that_went_back_between_two_looks_is_noticed(bus):
+    """The library would connect anew by itself, and nobody would know."""
+    with closing(open_queue(bus.url, node="a")) as queue:
+        assert queue.take() == []
+        put(bus.url, 0)
+        queue.done(queue.take())
+        assert queue.take() == []
+        backup = bus.back_up()
+        put(bus.url, 1, 2)
+        (*_, last) = queue.take()
+        bus.restore(backup, [(place(last.id), encoded(record(10)))])
+        ids = []
+        eventually(lambda: ids.extend(next_ids(queue)) or last.id in ids, what="the new event")
+        assert ids[0].endswith("~reset")
+
+
+def next_ids(queue):
+    """Of what comes next; a broken connection is no failure."""
+    with suppress(QueueError):
+        return [event.id for event in queue.take()]
+    return []
 
 
 def numbers_after_reset(received):
