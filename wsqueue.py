@@ -4253,6 +4253,7 @@ class BrokerQueue:
         A server that is started after that cannot know of it, and takes ids from before for those of now.
         """
         link.attach()
+        self._unsaved, self._save_at = "", 0.0  # which the link before it could not
         if self._place is not None and self.shared:
             found = link.past(_behind(self._place), 1)
             if self._mark in (None, found) if found else link.cursor() >= self._saved:  # none: they were removed by age
@@ -4828,7 +4829,7 @@ class _RedisLink(Link):
     def _connect_once(self, connection: Any) -> None:
         """A server's link must not outlive its connection, as the library would have it: attach() looks for changes."""
         if self._is_connected and self.reads:
-            raise ConnectionError("the connection was closed")
+            raise _library("redis", "redis").ConnectionError("the connection was closed")
         self._is_connected = True
         connection.on_connect()
 
