@@ -18,6 +18,11 @@ WSQUEUE = str(ROOT / "wsqueue.py")
 TIME_UNIT = float(os.environ.get("WSQUEUE_TIME_UNIT", "1"))
 
 
+def spelled(value):
+    """The id of a test for a value: repr(), without what differs each time: an address, a secret, the time."""
+    return re.sub(r" at 0x[0-9a-f]+|[0-9a-fA-F]{63,64}|\b\d{10}(\.\d)?\b", "…", repr(value))
+
+
 def eventually(condition, timeout=10.0, what=""):
     """Wait until condition() is true and return its result; fail after timeout, saying what was awaited."""
     deadline = time.monotonic() + timeout * TIME_UNIT

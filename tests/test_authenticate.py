@@ -29,7 +29,7 @@ from clients import (
     serving,
     still_reaches,
 )
-from helpers import eventually
+from helpers import eventually, spelled
 from test_tls import TRUSTING, SecureClient, write_certificate
 from wsqueue import CALLBACK_THREADS, WebSocketServer, sign_ticket
 
@@ -139,7 +139,7 @@ def test_a_check_sees_the_headers():
     ("session=eyJ1c2VyIjoiYWRhIn0.aWJx_A.Z3-x; path=/", {"session": "eyJ1c2VyIjoiYWRhIn0.aWJx_A.Z3-x", "path": "/"}),
     ("a=1,2; b=x:y/z", {"a": "1,2", "b": "x:y/z"}),
     ("a=1\r\nCookie: b=2", {"a": "1", "b": "2"}),
-], ids=repr)
+], ids=spelled)
 def test_a_check_sees_the_cookies(cookie, cookies):
     """By name, without quotes; what is no pair is passed over, and never an error."""
     seen = asked_with(Cookie=cookie).cookies
@@ -167,7 +167,7 @@ def test_a_strange_query_is_no_error(junk):
 # ---- What it may say -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("user", ["ada", 42, -1, "0", "José ☕", 1], ids=repr)
+@pytest.mark.parametrize("user", ["ada", 42, -1, "0", "José ☕", 1], ids=spelled)
 def test_a_user_id_lets_the_client_in_as_that_user(user):
     """It is conn.user, as it was returned, and the client is on the topic user:ID besides that of its path."""
     with guarded(lambda request: user) as server:
@@ -191,7 +191,7 @@ def test_true_lets_the_client_in_as_nobody():
             assert client.payloads(1) == [2]
 
 
-@pytest.mark.parametrize("verdict", [False, None, 0, "", [], {}, ()], ids=repr)
+@pytest.mark.parametrize("verdict", [False, None, 0, "", [], {}, ()], ids=spelled)
 def test_what_is_false_is_refused(verdict):
     """401 with a sentence, no client, no handler; and what came behind the request is not read."""
     met = []
@@ -203,7 +203,7 @@ def test_what_is_false_is_refused(verdict):
     assert met == []
 
 
-@pytest.mark.parametrize("verdict", [1.5, b"ada", ["ada"], {"id": 42}, object(), ("ada", 1), print, {1}], ids=repr)
+@pytest.mark.parametrize("verdict", [1.5, b"ada", ["ada"], {"id": 42}, object(), ("ada", 1), print, {1}], ids=spelled)
 def test_what_is_no_user_id_is_the_programs_fault(verdict, caplog):
     """500 without a detail, and a log record that says what to return."""
     with caplog.at_level(logging.INFO), guarded(lambda request: verdict) as server:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from helpers import spelled
 from wsqueue import MIB, Event, EventError, UnfinishedError, encode_batch, make_event, parse_events
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -215,7 +216,7 @@ def test_a_topic_or_a_list_of_topics_is_an_audience(to, topics):
 
 @pytest.mark.parametrize(
     "to", ["", [], (), set(), {}, 0, 1, 0.0, False, True, b"", b"/chat", [""], ["/chat", ""], [None], [["/chat"]],
-           [b"/chat"], [0], object(), iter(())], ids=repr)
+           [b"/chat"], [0], object(), iter(())], ids=spelled)
 @pytest.mark.parametrize("make", [make_event, encode_record])
 def test_what_is_not_clearly_a_topic_list_is_refused(make, to):
     """A variable that happens to be empty must not publish somebody's message to everyone."""
@@ -254,7 +255,7 @@ def test_a_record_is_what_the_disk_format_says():
     assert json.loads(encode_record("e", 1, "/chat", NOW).decode())["to"] == ["/chat"]
 
 
-@pytest.mark.parametrize("name", ["", None, 0, 7, b"paid", ["paid"], True], ids=repr)
+@pytest.mark.parametrize("name", ["", None, 0, 7, b"paid", ["paid"], True], ids=spelled)
 @pytest.mark.parametrize("make", [make_event, encode_record])
 def test_a_name_is_a_string_that_is_not_empty(make, name):
     """The message says what is wrong with it."""

@@ -30,7 +30,7 @@ from clients import (
     still_reaches,
     stream_request,
 )
-from helpers import TIME_UNIT, eventually, spawn_server
+from helpers import TIME_UNIT, eventually, spawn_server, spelled
 from test_tls import AUTHORITY, TRUSTING, write_certificate
 from wsqueue import queue_event, queue_events, sign_ticket
 
@@ -692,7 +692,7 @@ def test_who_is_no_page_needs_no_origin(server):
     ("x\n\nid: evil\ndata: y\n\n", "x\n\nid: evil\ndata: y\n\n"),
     (": no comment", ": no comment"),
     ("\0☕\u2028\u0085\x0b\x0c", "\0☕\u2028\u0085\x0b\x0c"),
-], ids=repr)
+], ids=spelled)
 def test_a_handler_can_send_to_a_stream(message, data):
     """Text and JSON, in as many lines of data as it takes; it has no id, so that the last event's stays the last."""
     with serving({"/": lambda conn: conn.send(message)}) as server:

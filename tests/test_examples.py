@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from websockets.sync.client import connect
 
-from helpers import ROOT, TIME_UNIT, eventually
+from helpers import ROOT, TIME_UNIT, eventually, spelled
 
 EXAMPLES = ROOT / "examples"
 SERVER, API = "event_queue_websocket_server.py", "api_with_websocket_queue.py"
@@ -189,7 +189,7 @@ def test_a_notification_reaches_the_clients(both):
     assert (event["event"], event["payload"]) == ("notification", NOTIFICATION)
 
 
-@pytest.mark.parametrize("payload", [None, False, 0, "text", [1, [2]], {"a": {"b": [None, 1.5]}}], ids=repr)
+@pytest.mark.parametrize("payload", [None, False, 0, "text", [1, [2]], {"a": {"b": [None, 1.5]}}], ids=spelled)
 def test_a_broadcast_carries_any_json(both, payload):
     """POST /api/broadcast takes the event's name and payload from the caller."""
     server, api = both

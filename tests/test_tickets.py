@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import wsqueue
 from clients import LIBRARIES, RawClient, enter, everybody_has_left, exchange, handshake, serving, still_reaches
-from helpers import TIME_UNIT, WSQUEUE, eventually, run_cli, spawn_server
+from helpers import TIME_UNIT, WSQUEUE, eventually, run_cli, spawn_server, spelled
 from wsqueue import LEEWAY_SECONDS, TICKET_BYTES, HandshakeError, SettingError, WebSocketServer, sign_ticket
 
 SECRET, OTHER_SECRET = secrets.token_hex(32), secrets.token_hex(32)  # long enough for HS512, too
@@ -132,7 +132,7 @@ def test_any_of_the_servers_secrets_may_be_bytes():
 
 @pytest.mark.parametrize("arguments", [
     {"user": ""}, {"topics": [""]}, {"topics": [1]}, {"path": ""}, {"path": "chat"}, {"path": 5},
-    {"ttl": float("nan")}, {"ttl": float("inf")}, {"topics": ["x" * TICKET_BYTES]}], ids=repr)
+    {"ttl": float("nan")}, {"ttl": float("inf")}, {"topics": ["x" * TICKET_BYTES]}], ids=spelled)
 def test_a_ticket_that_no_server_would_accept_is_not_made(arguments):
     """SettingError, which does not show the secret."""
     with pytest.raises(SettingError) as caught:
@@ -140,7 +140,7 @@ def test_a_ticket_that_no_server_would_accept_is_not_made(arguments):
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("secret", ["", b"", None, [], 0, [""], {}], ids=repr)
+@pytest.mark.parametrize("secret", ["", b"", None, [], 0, [""], {}], ids=spelled)
 def test_there_is_no_ticket_without_a_secret(secret):
     """An empty environment variable is an error, and never a key that everybody knows."""
     with pytest.raises(SettingError):
@@ -159,7 +159,7 @@ def test_there_is_no_ticket_without_a_secret(secret):
     ({"iss": "https://example.com", "jti": "1", "anything": {"else": 1}}, "42", ("room:1", "room:2")),
     ({"sub": "ĵ ☕\n"}, "ĵ ☕\n", ("room:1", "room:2")),
     ({"exp": NOW + 0.5, "nbf": NOW - 0.5}, "42", ("room:1", "room:2")),
-], ids=repr)
+], ids=spelled)
 def test_what_pyjwt_signed_grants_what_it_claims(claims, user, topics):
     """sub is the user and topics are the topics; claims that are for others do not matter."""
     assert verify(ticket_with(**claims)) == (user, topics)
@@ -178,7 +178,7 @@ def test_what_sign_ticket_makes_is_accepted():
 
 
 @pytest.mark.parametrize("claims", [
-    {"exp": NOW}, {"exp": NOW - LEEWAY_SECONDS}, {"nbf": NOW}, {"nbf": NOW + LEEWAY_SECONDS}], ids=repr)
+    {"exp": NOW}, {"exp": NOW - LEEWAY_SECONDS}, {"nbf": NOW}, {"nbf": NOW + LEEWAY_SECONDS}], ids=spelled)
 def test_clocks_may_differ_a_little(claims):
     """By half a minute, in both directions."""
     assert verify(ticket_with(**claims)).user == "42"
@@ -207,7 +207,7 @@ def test_the_leeway_is_half_a_minute():
     ({"path": "/"}, "another path"),
     ({"path": "*"}, "another path"),
     ({"path": ""}, "another path"),
-], ids=repr)
+], ids=spelled)
 def test_a_ticket_that_does_not_hold_here_and_now_is_refused(claims, why):
     """The sentence says which of its claims does not."""
     assert why in refusal(ticket_with(**claims), path="/chat")
@@ -222,7 +222,7 @@ NO_PATHS = [1, True, False, 0, ["/"], {"/": 1}, {}]
 @pytest.mark.parametrize("name, value", [
     *(("exp", value) for value in [None, *NO_TIMES]), *(("nbf", value) for value in [None, *NO_TIMES]),
     *(("sub", value) for value in NO_USERS), *(("topics", value) for value in NO_TOPICS),
-    *(("path", value) for value in NO_PATHS)], ids=repr)
+    *(("path", value) for value in NO_PATHS)], ids=spelled)
 def test_a_claim_of_the_wrong_type_is_refused(name, value):
     """However well it is signed: it is not guessed what was meant."""
     assert refusal(signed(HEADER, {**CLAIMS, name: value}))
@@ -291,7 +291,7 @@ def test_a_public_key_is_no_secret_by_accident(private_key):
 
 @pytest.mark.parametrize("header", [
     {}, {"typ": "JWT"}, {"alg": None}, {"alg": "hs256"}, {"alg": "HS512"}, {"alg": "none"}, {"alg": "RS256"},
-    {"alg": ["HS256"]}, {"alg": {"HS256": 1}}, {"alg": "HS256 "}, {"Alg": "HS256"}], ids=repr)
+    {"alg": ["HS256"]}, {"alg": {"HS256": 1}}, {"alg": "HS256 "}, {"Alg": "HS256"}], ids=spelled)
 def test_a_header_that_does_not_say_hs256_is_refused(header):
     """Also where the signature would be right: a ticket has one reading."""
     assert "HS256" in refusal(signed(header, CLAIMS))
@@ -388,7 +388,8 @@ def test_without_a_secret_nothing_verifies():
         wsqueue.verify_ticket(signed(HEADER, CLAIMS, ""), (), "/", NOW)
 
 
-@pytest.mark.parametrize("secret", ["x", SECRET + "\n", SECRET[:-1], SECRET.upper(), f" {SECRET}", "", "null"])
+@pytest.mark.parametrize("secret", ["x", SECRET + "\n", SECRET[:-1], SECRET.upper(), f" {SECRET}", "", "null"],
+                         ids=spelled)
 def test_a_secret_that_is_nearly_right_is_wrong(secret):
     """The signature is that of this very secret."""
     assert "signature" in refusal(signed(HEADER, CLAIMS, secret))
@@ -739,7 +740,7 @@ def test_an_error_about_settings_does_not_show_the_secret(settings):
 
 
 @pytest.mark.parametrize("secret", ["", [], [""], [SECRET, ""], None, 0, False, b"", [None], {}, " ", "\n", [" "]],
-                         ids=repr)
+                         ids=spelled)
 def test_a_secret_that_is_missing_is_an_error_and_never_an_open_server(secret):
     """`secret=os.environ.get(...)` of what is not set must not let everybody in."""
     assert failure(port=0, secret=secret)
@@ -770,7 +771,7 @@ def test_a_file_without_secrets_is_an_error_and_never_an_open_server(tmp_path, k
 
 
 @pytest.mark.parametrize("text", ["{0}\n{1}\n", "{0}\n{1}", "{0}\r\n{1}\r\n", "\n{0}\n\n{1}\n\n", "{0}  \n{1}\t\n"],
-                         ids=repr)
+                         ids=spelled)
 def test_a_file_has_one_secret_a_line(tmp_path, text):
     """The ends of lines are no part of a secret, whoever wrote them; empty lines are none."""
     path = tmp_path / "secrets"
@@ -891,7 +892,7 @@ def test_what_the_ticket_command_prints_is_accepted(server, tmp_path, way):
 
 
 @pytest.mark.parametrize("variables", [{}, {"WS_SECRET": ""}, {"WS_SECRET": "\n"}, {"WS_SECRET_FILE": "/nowhere"}],
-                         ids=repr)
+                         ids=spelled)
 def test_the_ticket_command_says_which_secret_is_missing(variables):
     """One sentence, and no ticket that anybody could make."""
     done = run_cli("ticket", "--user", "1", env=environment(**variables))
@@ -946,7 +947,7 @@ def test_listen_says_why_it_is_refused(server, ticket):
     assert not ticket or ticket not in done.stderr
 
 
-@pytest.mark.parametrize("ticket", ["Xy\r\nX-Injected: 1", "Xy\nXy", "Xy\x7fXy", "Xy☕"], ids=repr)
+@pytest.mark.parametrize("ticket", ["Xy\r\nX-Injected: 1", "Xy\nXy", "Xy\x7fXy", "Xy☕"], ids=spelled)
 def test_listen_does_not_print_a_ticket_that_is_no_header(server, ticket):
     """What cannot be sent is an error, in a sentence that does not show it."""
     done = listen(f"{server.url}/", WS_TICKET=ticket)
