@@ -2874,6 +2874,7 @@ class IOThread:
         if now < self._next_tick:
             return
         if not self._to_tick:
+            self._waker.clear()  # a signal handler may have broken off who was to write its byte
             self._to_tick = list(self._parked)
             self._tick_seconds = 1.0 / max(1, -(-len(self._to_tick) // TICK_PART))
         self._next_tick = now + self._tick_seconds

@@ -206,3 +206,11 @@ def test_each_connection_is_looked_at_once_a_second_and_never_all_at_once(io, co
         assert len(looks) - before <= TICK_PART
     assert set(Counter(looks).values()) <= {2, 3, 4}
     assert len(set(looks)) == count
+
+
+def test_a_byte_that_never_came_stops_the_wake_ups_for_a_second_at_most(io):
+    """A signal handler may raise in a thread that was about to write it."""
+    io._waker._is_set = True
+    io._tick(1.0)
+    io._waker.set()
+    assert io._selector.select(0)
