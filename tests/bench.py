@@ -533,18 +533,12 @@ class DirectoryServer(Server):
         self.queue, self.backlog = queue, backlog
 
     def broadcast(self, count: int, size: int = 200, topics: Sequence[Optional[str]] = (None,)) -> Span:
-        """Start the clock before the first queue_event; with a backlog, when all of them are queued.
-
-        One after the other of the topics has an event.
-        """
-        from wsqueue import queue_event
+        """Start the clock before the first queue_event; with a backlog, when all of them are queued."""
         if self.backlog:
             self.process.send_signal(signal.SIGSTOP)
         events = make_events(count, size)
         start = now()
-        for (event, payload), topic in zip(events, itertools.cycle(topics)):
-            if not queue_event(str(self.queue), event, payload, to=topic):
-                raise Wrong("queue_event returned False")
+        fill_directory(str(self.queue), events, topics)
         if self.backlog:
             start = now()
             self.process.send_signal(signal.SIGCONT)
@@ -1764,10 +1758,12 @@ def flood(run: Run) -> None:
 # Each kind of queue is filled in its own way, which is also what a producer in another language does.
 
 
-def fill_directory(url: str, events: Events) -> None:
+def fill_directory(url: str, events: Events, topics: Sequence[Optional[str]] = (None,)) -> None:
+    """One after the other of the topics has an event."""
     from wsqueue import queue_event
-    for event, payload in events:
-        queue_event(url, event, payload)
+    for (event, payload), topic in zip(events, itertools.cycle(topics)):
+        if not queue_event(url, event, payload, to=topic):
+            raise Wrong("queue_event returned False")
 
 
 def split_url(url: str) -> Tuple[str, str]:

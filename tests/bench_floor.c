@@ -6,14 +6,12 @@
      pad COUNT SIZE FIRST -> made         that many numbered events of about SIZE bytes
      send                 -> START END    every event to every client */
 #define _GNU_SOURCE
+#include "bench.h"
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 
 struct frame {
     size_t size;
@@ -22,17 +20,6 @@ struct frame {
 
 static int listener, *clients, client_count, frame_count;
 static struct frame *frames;
-
-static long long now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
 
 static int listen_anywhere(void) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};

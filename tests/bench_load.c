@@ -20,15 +20,13 @@
    The process sleeps until something comes. Waking it costs the sender, alike on every side; but were it to spin, it
    would take one core of two away from sides with more than one thread or process. */
 #define _GNU_SOURCE
+#include "bench.h"
 #include <arpa/inet.h>
 #include <errno.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #define DEFLATE "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
@@ -56,17 +54,6 @@ static uint64_t expected, stray, bytes;
 static int64_t *times;
 static FILE *stream;
 static unsigned char buffer[1 << 18];
-
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
 
 /* ---- results ---- */
 
