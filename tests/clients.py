@@ -387,6 +387,11 @@ class Follower:
         assert (first.event, first.payload) == ("wsqueue.hello", None), first
         return first.id
 
+    def join_audience(self):
+        """Wait until it is sent what comes, and need not be caught up: nothing it says is read before that."""
+        self.client.send_frame(PING)
+        assert self.client.read_frame() == (PONG, b"")
+
     def payloads(self, count):
         """Of the next events."""
         return [self.recv().payload for _ in range(count)]
