@@ -45,6 +45,8 @@ setup(
             *(library for libraries in BROKERS.values() for library in libraries),
             "pytest>=8",
             "pytest-timeout",  # a hung test fails, and does not hang the run
+            "pytest-xdist",  # two files of tests at a time
+            "coverage[toml]>=7.6",  # what tests/coverage.py runs the suite under
             "hypothesis",
             "websockets",  # two clients that know nothing of us, nor of each other
             "websocket-client",
@@ -54,10 +56,13 @@ setup(
             "trustme",  # certificates for an hour
             "pyyaml",  # reads examples/two_nodes/compose.yaml
             "pyjwt",  # makes and reads tickets, and knows nothing of us
-            "flask",  # the application of examples/flask_session_and_tickets.py
+            "flask",  # the frameworks of examples/
+            "django",
+            "bottle",
             "matplotlib",  # draws what tests/bench.py plot has measured
             "ruff",
             "mypy",
+            "twine",  # says whether an index would take the packages
             "setuptools>=70.1",  # tests/test_packaging.py builds with it; 70.1 makes wheels by itself
         ],
     },
