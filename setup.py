@@ -59,6 +59,7 @@ setup(
             "flask",  # the frameworks of examples/
             "django",
             "bottle",
+            "flask-socketio",  # what README.md tells how to leave
             "matplotlib",  # draws what tests/bench.py plot has measured
             "ruff",
             "mypy",

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import redis
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -117,6 +118,20 @@ def test_links_lead_somewhere(link):
     path, _, anchor = link.partition("#")
     assert not path or (ROOT / path).exists()
     assert not anchor or anchor in anchors()
+
+
+@pytest.mark.parametrize("name, path", re.findall(r"\[`(test_\w+)`\]\(([^)]*)\)", PROSE))
+def test_a_proof_exists(name, path):
+    """A test that a guarantee names is in the file that it names."""
+    assert f"\ndef {name}(" in (ROOT / path).read_text("utf-8")
+
+
+def test_every_guarantee_is_proved():
+    """Each row of the table names a test."""
+    table = re.search(r"^## Guarantees\n\n.*?\n\n", PROSE, re.MULTILINE | re.DOTALL)[0]
+    rows = re.findall(r"^\| .*", table, re.MULTILINE)[1:]
+    assert len(rows) >= 10
+    assert [row for row in rows if "[`test_" not in row] == []
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|examples)/[\w./-]+)", TEXT))))
@@ -238,8 +253,30 @@ def test_block(block, place, request):
 
 
 @role
+def way(block, request):
+    """A file that queue_event() makes has a name as the picture shows it."""
+    wsqueue.queue_event("ws_queue", "order_paid")
+    name, shown = os.listdir("ws_queue")[0], re.search(r"ws_queue/(\S+)", block.code)[1]
+    shape = re.compile(r"\d{10}\.\d+_[0-9a-f]{13,}\.json")
+    assert shape.fullmatch(name) and shape.fullmatch(shown)
+
+
+def block_of(role):
+    return next(block for block in BLOCKS if block.role == role)
+
+
+@role
+def first(block, request):
+    """What it sends is seen by who looks at the server that was just set up: see setup()."""
+    assert block.code.startswith(".venv/bin/wsqueue send ")
+
+
+@role
 def setup(block, request):
-    """In a fresh copy of the checkout, with an index of packages that has what this environment has."""
+    """In a fresh copy of the checkout, with an index of packages that has what this environment has.
+
+    Then the first event, as the monitor page shows it.
+    """
     for name in ("setup.py", "wsqueue.py", "README.md", "LICENSE"):
         shutil.copy(str(ROOT / name), name)
     Path("wheels").mkdir()
@@ -257,9 +294,19 @@ def setup(block, request):
             assert process.poll() is None, Path("err").read_text("utf-8")
             return re.search(r"^listening on ws://127\.0\.0\.1:(\d+)$", Path("out").read_text("utf-8"), re.MULTILINE)
 
-        with client(eventually(port, 50.0, "the server")[1], "/") as connection:
-            assert wsqueue.queue_event("ws_queue", "order_paid", {"id": 42})
-            assert receive(connection) == ("order_paid", {"id": 42})
+        driver = request.getfixturevalue("chromium")
+        driver.get(f"http://127.0.0.1:{eventually(port, 50.0, 'the server')[1]}/")
+        eventually(lambda: seen(driver, "state") == "OK", 20.0, "a page that says that all is well")
+        done = subprocess.run(block_of("first").code, shell=True, env=environment, capture_output=True, check=True)
+        assert done.stderr == b""
+        eventually(lambda: re.search(r'\bhello\b.*"from": "a shell"', seen(driver, "events"), re.DOTALL), 20.0,
+                   "the event on the page")
+        driver.get("about:blank")
+
+
+def seen(driver, name):
+    """What an element of the page shows."""
+    return driver.execute_script("return document.getElementById(arguments[0]).innerText", name)
 
 
 def repack(name, directory):
@@ -340,7 +387,7 @@ def topics(block, request):
         connections = [stack.enter_context(client(port, path, process)) for path in paths]
         joined(connections[0], "customer:7")
         joined(connections[1], "customer:8")
-        run(next(other for other in BLOCKS if other.role == "to"))
+        run(block_of("to"))
         wanted = [["order_paid", "shop_closes"], ["shop_closes"], ["shop_closes"], []]
         for connection, names in zip(connections, wanted):
             assert [receive(connection)[0] for _ in names] == names
@@ -492,13 +539,14 @@ def authenticate(block, request):
 
 @role
 def monitoring(block, request):
-    """Both requests are answered; the fields and the totals are those that the page names."""
+    """Both requests are answered; the fields and the metrics are those that the page names."""
     with spawn_server("--queue", "ws_queue") as server:
         health, _, metrics = run(block, block.code.replace(PORT, str(server.port))).partition("\n")
     assert json.loads(health)["status"] == "ok"
     described = re.search(r"^`/healthz` is JSON: (.*?)\. `/metrics`", PROSE, re.MULTILINE | re.DOTALL)[1]
     assert set(json.loads(health)) == set(re.findall(r"`(\w+)`", described)) - {"ok"}
-    assert {"wsqueue_events_total", "wsqueue_refused_total", "wsqueue_closed_total"} <= set(metrics.split())
+    types = re.findall(r"^# TYPE (\w+) (\w+)$", metrics, re.MULTILINE)
+    assert types == re.findall(r"^\| `(wsqueue_\w+)` \| (\w+) \|", PROSE, re.MULTILINE)
 
 
 @role
@@ -660,6 +708,56 @@ def php_redis(block, request):
     needs_php("redis", "php-redis")
     code, url = of_redis(block, request.getfixturevalue("redis_broker"))
     arrives(block, url, code, REDIS_PASSWORD=PASSWORD)
+
+
+# ---- Coming from something else ----------------------------------------------------------------------------
+
+
+@role
+def websocket_server(block, request):
+    """Both programs have the same conversation with their clients."""
+    assert [other.words for other in BLOCKS if other.role == block.role] == [["before"], ["after"]]
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+        with arriving(port, process) as one:
+            assert heard_by(one, 2) == ["welcome", "somebody came"]
+            with arriving(port, process) as two:
+                assert heard_by(two, 2) == ["welcome", "somebody came"]
+                two.send("hello")
+                assert heard_by(two, 1) == ["hello"]
+            assert heard_by(one, 3) == ["somebody came", "hello", "somebody left"]
+
+
+def arriving(port, process):
+    """A client, once there is a server. It alone knocks: the package tells of who left and never was a client, too."""
+
+    def connected():
+        assert process.poll() is None, Path("err").read_text("utf-8")
+        try:
+            return connect(f"ws://127.0.0.1:{port}/")
+        except ConnectionRefusedError:
+            return None
+
+    return eventually(connected, 30.0, f"a server at port {port}")
+
+
+def heard_by(connection, count):
+    return [connection.recv(timeout=10 * TIME_UNIT) for _ in range(count)]
+
+
+LEAVES_ITS_SOCKET = "import warnings\nwarnings.simplefilter('ignore', ResourceWarning)\n"
+
+
+@role
+def flask_socketio(block, request):
+    """It publishes what it says, as its servers take it from Redis."""
+    url, shown = request.getfixturevalue("redis_broker").url, "redis://127.0.0.1:6379/0"
+    assert block.code.count(shown) == 1
+    with closing(redis.Redis.from_url(url)) as connection, closing(connection.pubsub()) as channel:
+        channel.subscribe("flask-socketio")
+        assert channel.get_message(timeout=10 * TIME_UNIT)["type"] == "subscribe"
+        run(block, LEAVES_ITS_SOCKET + block.code.replace(shown, url))
+        message = channel.get_message(timeout=10 * TIME_UNIT)["data"]
+    assert b"order_paid" in message and b"customer:7" in message
 
 
 # ---- In the browser ----------------------------------------------------------------------------------------
