@@ -111,8 +111,8 @@ class ThreadingServer(ThreadingMixIn, WSGIServer):
 
     def server_activate(self) -> None:
         super().server_activate()
-        print(f"listening on http://{HOST}:{self.server_port}")
-        print(f"push server: {push.url}; ctrl-C ends", flush=True)
+        print(f"listening on http://{HOST}:{self.server_port}; ctrl-C ends")
+        print(f"push server: {push.url}", flush=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.warning("gave up on %s: %s", client_address[0], sys.exc_info()[1])  # it hung up, or said nothing

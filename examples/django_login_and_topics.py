@@ -160,6 +160,7 @@ django.setup()
 
 # What follows has models, and those need the settings.
 from django.contrib.auth.decorators import login_required
+from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import Group, User
 from django.contrib.auth.views import LoginView, LogoutView
 from django.core.management import call_command
@@ -178,6 +179,9 @@ class Message(models.Model):
     sender = models.ForeignKey(User, on_delete=models.CASCADE)
     text = models.CharField(max_length=TEXT_LIMIT)
 
+    class Meta:
+        db_table = "message"
+
     def payload(self) -> Dict[str, Any]:
         return {"id": self.pk, "from": self.sender.username, "text": self.text}
 
@@ -186,7 +190,7 @@ class Message(models.Model):
 
 
 def for_scripts(view: Callable[[HttpRequest], HttpResponse]) -> Callable[[HttpRequest], HttpResponse]:
-    """@login_required for what a script fetches: it would follow the redirect, and take the login form for its answer."""
+    """@login_required is not: they would follow its redirect, and take the login form for their answer."""
 
     @never_cache
     @wraps(view)
@@ -289,11 +293,13 @@ urlpatterns = [
 def prepare_database() -> None:
     """Make the tables and the users, whose password is set anew."""
     os.makedirs(DIRECTORY, exist_ok=True)
-    call_command("migrate", run_syncdb=True, verbosity=0)
+    call_command("migrate", verbosity=0)
+    if Message._meta.db_table not in connection.introspection.table_names():
+        with connection.schema_editor() as editor:  # a project has migrations of its own instead
+            editor.create_model(Message)
+    password = make_password(PASSWORD)
     for username, groups in USERS.items():
-        user, _ = User.objects.get_or_create(username=username)
-        user.set_password(PASSWORD)
-        user.save()
+        user, _ = User.objects.update_or_create(username=username, defaults={"password": password})
         user.groups.set([Group.objects.get_or_create(name=name)[0] for name in groups])
     connection.close()
 
@@ -301,23 +307,21 @@ def prepare_database() -> None:
 def main() -> None:
     try:
         sign_ticket(push_secret())  # what is wrong with the secret should not wait for the first user
-        prepare_database()
         # The server of `manage.py runserver`, without the autoreloader. That runs a program twice: of a push server
         # that was started in here, one would serve and one stand by. Deployed, this is gunicorn's place.
-        web = ThreadedWSGIServer((HOST, int(PORT)), WSGIRequestHandler)
+        with ThreadedWSGIServer((HOST, int(PORT)), WSGIRequestHandler) as web:
+            prepare_database()
+            web.set_app(get_wsgi_application())
+            print(f"listening on http://{HOST}:{web.server_port}; ctrl-C ends")
+            print(f"push server: {PUSH_URL}")
+            if not os.environ.get("APP_PASSWORD"):
+                print(f"log in as {', '.join(USERS)} with the password {PASSWORD}")
+            sys.stdout.flush()
+            web.serve_forever()
     except (WsqueueError, OSError, ValueError, OverflowError, DatabaseError) as error:
         sys.exit(f"cannot start at {HOST}:{PORT}: {error}. Check APP_HOST, APP_PORT, APP_DIRECTORY and WS_SECRET_FILE.")
-    print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {PUSH_URL}")
-    if not os.environ.get("APP_PASSWORD"):
-        print(f"log in as {', '.join(USERS)} with the password {PASSWORD}; ctrl-C ends")
-    sys.stdout.flush()
-    web.set_app(get_wsgi_application())
-    with web:
-        try:
-            web.serve_forever()
-        except KeyboardInterrupt:
-            print("stopped")
+    except KeyboardInterrupt:
+        print("stopped")
 
 
 if __name__ == "__main__":

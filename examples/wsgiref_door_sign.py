@@ -82,7 +82,7 @@ def change(text: str) -> bool:
         return False
     with lock:
         sign = {"text": text, "at": time.time()}
-        queue_event(QUEUE, "sign", sign)  # once the change is made; if this fails, the change stays, and the log says why
+        queue_event(QUEUE, "sign", sign)  # after the change, which stays if this fails; the log says why
     return True
 
 
@@ -101,8 +101,8 @@ def main() -> None:
     try:
         push.host(HOST).port(int(os.environ.get("WS_PORT") or 8081)).event_queue(QUEUE).start(background=True)
         with make_server(HOST, int(PORT), app, Server, Handler) as web:
-            print(f"listening on http://{HOST}:{web.server_port}")
-            print(f"push server: {push.url}; ctrl-C ends", flush=True)
+            print(f"listening on http://{HOST}:{web.server_port}; ctrl-C ends")
+            print(f"push server: {push.url}", flush=True)
             web.serve_forever()
     except (WsqueueError, OSError, ValueError, OverflowError) as error:
         sys.exit(f"cannot start at {HOST}:{PORT}: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")
