@@ -70,9 +70,9 @@ MESSAGES = """{% extends "base.html" %}{% block page %}
   <output id="user">{{ user.username }}</output>, <output id="status">connecting</output> <button>Log out</button>
 </form>
 <form method="post" action="{% url 'messages' %}" id="send">{% csrf_token %}
-  {% for topic, name in addressees %}
+  <p>To {% for topic, name in addressees %}
   <label><input type="checkbox" name="to" value="{{ topic }}"> {{ name }}</label>
-  {% endfor %}
+  {% endfor %}</p>
   <label>Text <input name="text" maxlength="1000" required></label>
   <button>Send</button> <output id="answer"></output>
 </form>
@@ -150,8 +150,7 @@ settings.configure(
     # Files are not bounded by that, and nobody asked for one: what is larger is read and dropped.
     FILE_UPLOAD_MAX_MEMORY_SIZE=64 * 1024,
     FILE_UPLOAD_HANDLERS=["django.core.files.uploadhandler.MemoryFileUploadHandler"],
-    # Without DEBUG, Django tells errors to ADMINS, of whom there are none; and queue_event says in the log, not to the
-    # view, why an event was not queued.
+    # Without DEBUG, Django tells errors to ADMINS alone, of whom there are none.
     LOGGING={"version": 1, "disable_existing_loggers": False,
              "handlers": {"console": {"class": "logging.StreamHandler"}},
              "root": {"handlers": ["console"], "level": "WARNING"}},
@@ -233,9 +232,10 @@ def page(request: HttpRequest) -> HttpResponse:
 
 
 def addressees(user: User) -> Dict[str, str]:
-    """The topics that a user may send to, and their names: the own groups, and everybody."""
+    """The topics that a user may send to, and how to call them: the own groups, and everybody."""
     everybody = User.objects.order_by("username").values_list("pk", "username")
-    return {**{topic: topic for topic in group_topics(user)}, **{f"user:{pk}": name for pk, name in everybody}}
+    groups = {topic: topic.replace(":", " ", 1) for topic in group_topics(user)}
+    return {**groups, **{f"user:{pk}": name for pk, name in everybody}}
 
 
 @require_http_methods(["GET", "POST"])
@@ -268,8 +268,9 @@ def send(request: HttpRequest) -> HttpResponse:
 def publish(message: Message) -> None:
     """Tell the message's topic of it, once its transaction has been committed.
 
-    Were it told at once, a page might hear of what is not there yet, or, after a rollback, never will be. In a
-    TestCase nothing is ever committed: there, see captureOnCommitCallbacks(execute=True).
+    Were it told at once, a page might hear of what is not there yet, or, after a rollback, never will be. Were the
+    process to die in between, nobody would hear of it: if that matters, see "Events of a transaction" in the README.
+    In a TestCase nothing is ever committed: there, captureOnCommitCallbacks(execute=True) helps.
     """
     transaction.on_commit(lambda: queue_event(QUEUE, "message", message.payload(), to=message.topic))
 

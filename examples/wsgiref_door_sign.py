@@ -22,7 +22,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 # Run from a plain checkout, Python looks for modules beside this file; wsqueue.py is one directory up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wsqueue import WebSocketServer, WsqueueError, queue_event
+from wsqueue import Connection, WebSocketServer, WsqueueError, queue_event
 
 QUEUE = os.environ.get("WS_QUEUE_PATH") or str(Path(__file__).resolve().parent / "logs" / "ws_queue")
 HOST, PORT = os.environ.get("APP_HOST") or "127.0.0.1", os.environ.get("APP_PORT") or "8080"
@@ -49,7 +49,7 @@ push = WebSocketServer(history_events=0)  # whoever comes back is told the prese
 
 
 @push.on("/")
-def greet(conn: Any) -> None:
+def greet(conn: Connection) -> None:
     """Tell a new client how things stand: they may have changed since its page was made."""
     conn.send({"event": "sign", "payload": sign})
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
@@ -23,6 +24,7 @@ from helpers import TIME_UNIT, eventually, put_in_the_way_of, spawn_server, spel
 from test_examples import EXAMPLES, HOSTILE, Example, call, raw_exchange
 from test_flask_example import Visitor, pushed_to, said_by, text_of
 from test_server import free_port
+from wsqueue import queue_event
 
 DJANGO, BOTTLE, WSGIREF = "django_login_and_topics.py", "bottle_notice_board.py", "wsgiref_door_sign.py"
 PASSWORD, SECRET, KEY = (secrets.token_hex(32) for _ in range(3))
@@ -48,7 +50,7 @@ def run_example(name, queue, **variables):
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         try:
             example = Example(process, Path(output))
-            example.push_url = eventually(lambda: pushed_to(example), what="a line 'push server: URL'")
+            example.push_url, example.queue = eventually(lambda: pushed_to(example), what="a push server"), str(queue)
             yield example
         finally:
             process.kill()
@@ -198,9 +200,10 @@ def test_the_pages_of_other_sites_cannot_use_a_ticket(django, users):
 
 @pytest.mark.parametrize("fields", [
     {}, {"to": "group:sales"}, {"text": "x"}, {"to": "group:sales", "text": " "},
-    {"to": "group:sales", "text": "x" * 1001}, {"to": "group:sales", "text": "x" * 70000}], ids=spelled)
+    {"to": "group:sales", "text": "x" * 1001}, {"to": "group:sales", "text": "x", "more": "x" * 70000}],
+    ids=lambda fields: ",".join(f"{name}:{len(value)}" for name, value in fields.items()))
 def test_a_message_that_cannot_be_is_refused_by_django(users, fields):
-    """400."""
+    """400; also one with a form that is larger than any of the page's could be."""
     assert users[0].post("/messages/", **fields).status == 400
 
 
@@ -219,6 +222,18 @@ def test_a_message_is_kept_when_its_event_cannot_be_queued(tmp_path):
         assert ada.post("/messages/", to="group:sales", text="kept").status == 204
         assert "kept" in ada.get("/messages/").text
         assert "ws_queue" in example.printed("stderr")
+
+
+def test_what_fails_is_in_the_log_and_not_on_the_page(tmp_path):
+    """Here, the file of the secret has gone."""
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+    with run_example(DJANGO, tmp_path / "ws_queue", WS_SECRET_FILE=str(secret)) as example:
+        ada = User(example, "ada")
+        secret.unlink()
+        answer = ada.get("/ticket/")
+        assert (answer.status, str(secret) in answer.text) == (500, False)
+        assert f"No such file or directory: '{secret}'" in example.printed("stderr")
 
 
 def test_a_database_that_is_given_a_directory_outlives_the_site(tmp_path):
@@ -422,6 +437,24 @@ def test_the_sign_changes_in_the_browser(chromium, door):
         chromium.find_element(By.TAG_NAME, "button").click()
         assert client.payloads(1)[0]["text"] == "from the page"
     eventually(lambda: text_of(chromium, "h1") == "from the page", what="the page after its form")
+
+
+@needs_chromium
+def test_an_older_sign_that_comes_late_is_not_shown(chromium, door):
+    """As when the greeting of a new client and a change overtake each other."""
+    change(door, "present")
+    chromium.get(door.url)
+    chromium.execute_script("""
+        window.shown = [];
+        const sign = document.querySelector("h1");
+        new MutationObserver(() => shown.push(sign.textContent)).observe(sign, { childList: true });""")
+    present = {"text": "connected", "at": time.time()}
+    eventually(lambda: queue_event(door.queue, "sign", present) and text_of(chromium, "h1") == "connected",
+               what="a page that is connected")
+    assert queue_event(door.queue, "sign", {"text": "old", "at": present["at"] - 1})
+    change(door, "new")
+    eventually(lambda: text_of(chromium, "h1") == "new", what="the change")
+    assert "old" not in chromium.execute_script("return shown")
 
 
 # ---- Starting and stopping, of all three -----------------------------------------------------------------------
