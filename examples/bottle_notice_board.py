@@ -4,8 +4,8 @@
     pip install bottle
     python examples/bottle_notice_board.py        then open http://127.0.0.1:8080/ in two windows
 
-The push server runs inside the application, in threads of its own. Of several processes with the same queue, as a
-preforking server or a reloader starts them, one would serve, and each could queue events.
+The push server runs inside the application, in threads of its own. An application of several processes is better off
+with one beside it, as in the example with Django.
 
 Environment: APP_HOST, APP_PORT, WS_PORT (0 picks a free one), WS_QUEUE_PATH.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger("board")
 
 push = WebSocketServer()
 notices: Deque[Dict[str, Any]] = deque(maxlen=50)  # the latest, in memory: this is no example of databases
-lock = threading.Lock()  # guards notices
+lock = threading.Lock()  # guards notices; held while their events are queued, too: these go out in the same order
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -92,12 +92,12 @@ def list_notices() -> Dict[str, Any]:
 @post("/notices")
 def pin_up() -> Dict[str, Any]:
     if request.chunked:
-        abort(411, "Send the notice with a Content-Length.")  # Bottle bounds nothing else
+        abort(411, "Send the notice with a Content-Length.")  # Bottle would read chunks to their end, however far that is
     sent = request.json  # None for other content types: those a page of any site might send from a visitor's browser
     text = sent.get("text") if isinstance(sent, dict) else None
     if not isinstance(text, str) or not 1 <= len(text.strip()) <= TEXT_LIMIT:
         abort(400, f'Send JSON such as {{"text": "…"}}, with 1 to {TEXT_LIMIT} characters.')
-    with lock:  # in which no two get the same id, and the events go out in the order of the notices
+    with lock:
         notice = {"id": time.time_ns() // 1000, "text": text.strip()}  # an id that is new after a restart, too
         notices.append(notice)
         queued = queue_event(QUEUE, "notice", notice)  # after it has been stored; if False, the log says why
@@ -126,6 +126,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         push.host(HOST).port(int(os.environ.get("WS_PORT") or 8081)).event_queue(QUEUE).start(background=True)
+        if not push.is_running():  # but stands by
+            sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
         run(host=HOST, port=int(PORT), server_class=ThreadingServer, handler_class=RequestHandler, quiet=True)
     except (WsqueueError, OSError, ValueError, OverflowError) as error:
         sys.exit(f"cannot start at {HOST}:{PORT}: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")

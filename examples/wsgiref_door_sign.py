@@ -100,6 +100,8 @@ class Handler(WSGIRequestHandler):
 def main() -> None:
     try:
         push.host(HOST).port(int(os.environ.get("WS_PORT") or 8081)).event_queue(QUEUE).start(background=True)
+        if not push.is_running():  # but stands by
+            sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
         with make_server(HOST, int(PORT), app, Server, Handler) as web:
             print(f"listening on http://{HOST}:{web.server_port}; ctrl-C ends")
             print(f"push server: {push.url}", flush=True)

@@ -6,6 +6,7 @@ import re
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -465,8 +466,10 @@ def test_ctrl_c_ends_an_example_with_status_0(tmp_path, name):
     """It says so, warns of nothing, and leaves no temporary files."""
     (tmp_path / "tmp").mkdir()
     with run_example(name, tmp_path / "ws_queue", TMPDIR=str(tmp_path / "tmp")) as example:
+        assert Visitor(example).get("/").status in (200, 302)
         assert example.interrupt() == 0
-        assert example.printed("stdout").endswith("stopped\n") and example.printed("stderr") == ""
+        assert example.printed("stdout").endswith("stopped\n")
+        assert not re.search("Traceback|Warning|Exception", example.printed("stderr"))
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -487,6 +490,18 @@ def test_a_client_that_says_nothing_delays_nobody(fixture, request):
     target = urlsplit(example.url)
     with socket.create_connection((target.hostname, target.port)):
         assert Visitor(example).get("/").status in (200, 302)
+
+
+@pytest.mark.parametrize("fixture", ["board", "door"])
+def test_a_client_that_hangs_up_is_one_line_in_the_log(fixture, request):
+    """And no traceback: it is the client's own affair."""
+    example = request.getfixturevalue(fixture)
+    target = urlsplit(example.url)
+    with socket.create_connection((target.hostname, target.port)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        client.sendall(b"GET / HT")
+    eventually(lambda: "gave up on 127.0.0.1: " in example.printed("stderr"), what="the line")
+    assert "Traceback" not in example.printed("stderr")
 
 
 def complaint(name, queue, **variables):
@@ -517,6 +532,13 @@ def test_an_example_names_the_directory_that_cannot_be_made(tmp_path, name, vari
     (tmp_path / "file").write_text("")
     said = complaint(name, tmp_path / "ws_queue", **{variable: str(tmp_path / "file" / "directory")})
     assert str(tmp_path / "file") in said and variable in said
+
+
+@pytest.mark.parametrize("name", [BOTTLE, WSGIREF])
+def test_an_example_does_not_stand_by_for_another(tmp_path, name):
+    """Its page would not know where to connect to."""
+    with run_example(name, tmp_path / "ws_queue"):
+        assert f"another process serves {tmp_path / 'ws_queue'}" in complaint(name, tmp_path / "ws_queue")
 
 
 @pytest.mark.parametrize("variables", [{"WS_SECRET": ""}, {"WS_SECRET": " \n"}, {"WS_SECRET_FILE": "/no/such/file"}],
