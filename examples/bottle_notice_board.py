@@ -92,7 +92,7 @@ def list_notices() -> Dict[str, Any]:
 @post("/notices")
 def pin_up() -> Dict[str, Any]:
     if request.chunked:
-        abort(411, "Send the notice with a Content-Length.")  # Bottle would read chunks to their end, however far that is
+        abort(411, "Send the notice with a Content-Length.")  # Bottle reads chunks to their end, however far that is
     sent = request.json  # None for other content types: those a page of any site might send from a visitor's browser
     text = sent.get("text") if isinstance(sent, dict) else None
     if not isinstance(text, str) or not 1 <= len(text.strip()) <= TEXT_LIMIT:

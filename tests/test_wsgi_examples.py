@@ -45,10 +45,11 @@ def run_example(name, queue, **variables):
     """Run an example; it is gone when the block ends."""
     with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
         with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            # From another directory than the checkout: what an example needs, it must find by itself.
+            # From another directory than the checkout: what an example needs, it must find by itself. What it keeps
+            # in temporary files goes with it, although it is killed.
             process = subprocess.Popen(
-                [sys.executable, str(EXAMPLES / name)], cwd=output, env=environment(queue, **variables),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+                [sys.executable, str(EXAMPLES / name)], cwd=output, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                env=environment(queue, **{"TMPDIR": output, **variables}))
         try:
             example = Example(process, Path(output))
             example.push_url, example.queue = eventually(lambda: pushed_to(example), what="a push server"), str(queue)
