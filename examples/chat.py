@@ -246,7 +246,7 @@ PAGE = """<!doctype html>
   * { box-sizing: border-box; }
   body { margin: 0 auto; padding: 0 1rem; max-width: 46rem; height: 100vh; height: 100dvh; display: flex;
     flex-direction: column; font: 16px/1.45 system-ui, sans-serif; }
-  header, nav, form { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: baseline; padding: .6rem 0; }
+  header, nav, form { display: flex; flex-wrap: wrap; gap: .4rem .7rem; align-items: baseline; padding: .6rem 0; }
   header { border-bottom: 1px solid var(--line); justify-content: space-between; }
   h1 { font-size: 1.1rem; margin: 0; }
   a { color: var(--accent); } nav { padding: 0; } nav [aria-current] { color: inherit; font-weight: 650;

@@ -41,7 +41,7 @@ from werkzeug.serving import make_server
 # Run from a plain checkout, Python looks for modules beside this file; wsqueue.py is one directory up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wsqueue import WebSocketServer, WsqueueError, queue_event, sign_ticket
+from wsqueue import WebSocketServer, WsqueueError, open_queue, queue_event, sign_ticket
 
 HERE = Path(__file__).resolve().parent
 DATABASE = os.path.abspath(os.environ.get("DATABASE_PATH") or HERE / "logs" / "shop.db")
@@ -105,6 +105,8 @@ def make_tables() -> None:
     os.makedirs(os.path.dirname(DATABASE), exist_ok=True)
     with closing(sqlite3.connect(DATABASE)) as database:
         database.executescript(TABLES)
+    with closing(open_queue(QUEUE)) as queue:
+        queue.backlog()  # makes the queue's table: a push server does so as well, but our first order may come sooner
 
 
 def now() -> str:

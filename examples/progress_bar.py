@@ -412,16 +412,24 @@ class RequestHandler(WSGIRequestHandler):
             self.log_message("gave up: %s", error)
 
 
+def port_from(variable: str, default: int) -> int:
+    port = int(os.environ.get(variable) or default)
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{variable} is {port}, and ports end at 65535")
+    return port
+
+
 def serve() -> None:
     # Without the monitor page, which is there on a loopback address else, and names the topics: they are our secrets.
     push = WebSocketServer(monitoring="off").host(HOST).event_queue(QUEUE)
     try:
         make_tables()
         float(STEP_SECONDS)
-        web = ThreadingWSGIServer((HOST, int(os.environ.get("APP_PORT") or 8080)), RequestHandler)
-        push.port(int(os.environ.get("WS_PORT") or 8081)).start(background=True)
-    except (WsqueueError, OSError, ValueError, OverflowError, sqlite3.Error) as error:
-        sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT, STEP_SECONDS and the paths.")
+        web = ThreadingWSGIServer((HOST, port_from("APP_PORT", 8080)), RequestHandler)
+        push.port(port_from("WS_PORT", 8081)).start(background=True)
+    except (WsqueueError, OSError, ValueError, sqlite3.Error) as error:
+        sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT, STEP_SECONDS, WS_QUEUE_PATH and"
+                 " DATABASE_PATH.")
     web.set_app(make_app(push.url.rpartition(":")[2]))
     for job in running_jobs():  # whose workers have outlived an earlier start, or have not
         watch(job)

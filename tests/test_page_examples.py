@@ -541,10 +541,25 @@ def test_a_change_that_is_rolled_back_is_told_to_nobody(shop):
     assert [json.loads(data)["payload"]["order_id"] for [data] in sql(shop, "SELECT data FROM wsqueue")] == [2, 4]
 
 
+def test_an_event_waits_for_its_push_server(tmp_path):
+    """None has been there yet when the order changes; the first one sends it."""
+    port = free_port()
+    with run_page(ORDERS, tmp_path, PUSH_URL=f"ws://127.0.0.1:{port}/") as shop:
+        change(log_in(shop, "staff"), 1, "paid")
+        with run_push_server(f"sqlite:///{tmp_path}/database", port) as server:
+            eventually(lambda: server_sent(server, 1), what="the event that waited")
+
+
+def server_sent(server, count):
+    text = exchange(server.url, b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").body
+    return re.search(rf"^wsqueue_events_total {count}$", text, re.MULTILINE)
+
+
 def test_a_change_that_cannot_be_announced_is_not_made(tmp_path):
-    """503 where no push server has made the table yet."""
+    """503 where the queue's table is gone, and no push server makes it anew."""
     with run_page(ORDERS, tmp_path, PUSH_URL=NOWHERE) as shop:
         staff = log_in(shop, "staff")
+        sql(shop, "DROP TABLE wsqueue")
         assert_refused(set_status(staff, 1, "paid"), 503, "was not made")
         assert states_of(staff)[1] == "placed"
 
@@ -738,8 +753,11 @@ def jobs(tmp_path):
 
 def workers(job):
     """The processes that work on a job; their command lines tell."""
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if line.endswith(f"{PROGRESS} work {job}")]
+    found, command = [], f"{EXAMPLES / PROGRESS}\0work\0{job}\0"
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # one that has ended meanwhile
+            found += [int(path.parent.name)] if path.read_text().endswith(command) else []
+    return found
 
 
 def post_job(example, numbers):
@@ -958,8 +976,9 @@ def test_a_job_goes_on_while_its_server_is_dead(chromium, jobs):
     with jobs(STEP_SECONDS="0.05", **ports) as example:
         open_page(chromium, example.url)
         start_in_the_page(chromium, count_to(100))
+        eventually(lambda: bar_on(chromium)[0] > 1, what="some progress")
         chromium.execute_script("window.heard = []; queue.on('*', message => heard.push(message.payload.done))")
-        eventually(lambda: bar_on(chromium)[0] > 5, what="some progress")
+        eventually(lambda: chromium.execute_script("return heard.length"), what="an event")
         kill(example.process)
     with jobs(**ports):
         eventually(lambda: text_of(chromium, "#news") == "Finished. The sum is 5050.", 60, what="the end")
