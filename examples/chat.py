@@ -272,7 +272,7 @@ PAGE = """<!doctype html>
   <h1>Chat</h1>
   <nav aria-label="Rooms">{% for other in rooms %}
     <a href="/rooms/{{ other }}"{% if other == room %} aria-current="page"{% endif %}>{{ other }}</a>{% endfor %}</nav>
-  <span id="status" role="status">not connected</span>
+  {% if session.user_id %}<span id="status" role="status">not connected</span>{% endif %}
 </header>
 {% if not session.user_id %}
 <form id="join">

@@ -303,11 +303,12 @@ function element(name, text, className = "") {
 // What the page loads and what it hears come by two ways, and either may be the later one: the older says nothing new.
 function put(order) {
   const known = orders.get(order.order_id);
+  if (!known && !order.item) return load();  // an event for an order that was made after the page had loaded
   if (known && order.updated_at < known.updated_at) return;
   const merged = { ...known, ...order };  // an event has less than a row
+  if (JSON.stringify(merged) === JSON.stringify(known)) return;  // a repeat: leave the button that is being pressed
   orders.set(order.order_id, merged);
-  if (!merged.item) return load();  // an order that was made after the page had loaded
-  if (known?.item && known.status !== order.status) $("news").textContent = `Order ${order.order_id}: ${order.status}`;
+  if (known && known.status !== order.status) $("news").textContent = `Order ${order.order_id}: ${order.status}`;
   const old = document.querySelector(`[data-id="${order.order_id}"]`);
   const made = row(merged), hadFocus = old?.contains(document.activeElement);
   if (old) old.replaceWith(made);

@@ -331,8 +331,8 @@ function show(state) {
 function announce(state) {
   const quarter = ({ done, total }) => Math.floor(4 * done / total);
   if (state.state === "running" && shown && quarter(state) === quarter(shown)) return;
-  const sentences = { running: `${25 * quarter(state)} % are done.`, finished: `Finished. ${state.text}`,
-    failed: `Failed. ${state.text}` };
+  const running = quarter(state) ? `At least ${25 * quarter(state)} % done.` : "Running.";
+  const sentences = { running, finished: `Finished. ${state.text}`, failed: `Failed. ${state.text}` };
   $("news").textContent = sentences[state.state];  // as text, never as HTML
   $("news").className = state.state;
 }

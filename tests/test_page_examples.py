@@ -720,6 +720,27 @@ def test_what_changes_while_the_page_of_orders_opens_is_shown(chromium, shop):
 
 
 @needs_chromium
+def test_an_order_that_is_made_while_the_page_is_open_is_shown(chromium, shop):
+    """The event for it has less than the page shows, so the page loads the rest."""
+    open_page(chromium, shop.url, log_in(shop, "ada").cookie)
+    eventually(lambda: state_on(chromium, 1) == "placed", what="the page")
+    wait_for_text(chromium, "#status", "connected")
+    sql(shop, "INSERT INTO orders VALUES (5, 1, 'Two cups', 'placed', '2025-01-31T14:00:00.000000Z')")
+    change(log_in(shop, "staff"), 5, "paid")
+    eventually(lambda: state_on(chromium, 5) == "paid", what="the new order")
+
+
+@needs_chromium
+def test_a_repeat_leaves_the_page_as_it_is(chromium, shop):
+    """A button that is replaced while it is pressed would do nothing."""
+    open_page(chromium, shop.url, log_in(shop, "staff").cookie)
+    wait_for_text(chromium, "#status", "connected")
+    button = chromium.find_element(By.CSS_SELECTOR, "[aria-label='Order 1: paid']")
+    chromium.execute_async_script("load().then(arguments[0])")
+    assert button.is_enabled()
+
+
+@needs_chromium
 def test_an_older_status_does_not_replace_a_newer_one(chromium, resting_shop):
     """What is loaded and what is heard come in any order."""
     open_page(chromium, resting_shop.url, log_in(resting_shop, "ada").cookie)
