@@ -444,7 +444,9 @@ def test_what_is_said_while_the_chat_page_opens_is_shown(chromium, chat):
     with held_tickets(chromium):
         open_page(chromium, chat.url, ada.cookie)
         eventually(lambda: messages_on(chromium) == ["before"], what="the page")
-        say(ada, "between")
+        with ada.listen("lobby") as client:
+            say(ada, "between")
+            client.events(1)  # it has been sent, and the page was not there
         chromium.execute_script("window.go = true")
         eventually(lambda: messages_on(chromium) == ["before", "between"], what="what was said in between")
 
@@ -714,7 +716,9 @@ def test_what_changes_while_the_page_of_orders_opens_is_shown(chromium, shop):
     with held_tickets(chromium):
         open_page(chromium, shop.url, ada.cookie)
         eventually(lambda: state_on(chromium, 1) == "placed", what="the page")
-        change(staff, 1, "paid")
+        with ada.listen() as client:
+            change(staff, 1, "paid")
+            client.events(1)  # it has been sent, and the page was not there
         chromium.execute_script("window.go = true")
         eventually(lambda: state_on(chromium, 1) == "paid", what="what changed in between")
 
