@@ -341,6 +341,7 @@ function follow(job) {
   leave();
   localStorage.setItem("job", job);  // for when the page is closed and opened again
   load(job);
+  if (!window.WSQueue) return $("status").textContent = "not connected";  // the push server was away: no script
   queue = new WSQueue(`/jobs/${job}`);
   for (const event of ["job_progressed", "job_finished", "job_failed"]) queue.on(event, show);
   let wasOpen = false;

@@ -1022,6 +1022,48 @@ def test_a_job_that_is_not_known_any_more_is_forgotten(chromium, idle_jobs):
     assert chromium.execute_script("return localStorage.getItem('job')") is None
 
 
+@needs_chromium
+def test_the_pages_show_what_there_is_while_no_push_server_is_there(chromium, jobs, tmp_path):
+    """Its script is missing, too; and they say that they are not connected."""
+    for name in (CHAT, ORDERS):
+        (tmp_path / name).mkdir()
+    with run_page(CHAT, tmp_path / CHAT, PUSH_URL=NOWHERE) as chat:
+        ada = enter(chat, "Ada")
+        say(ada, "hello")
+        open_page(chromium, chat.url, ada.cookie)
+        eventually(lambda: messages_on(chromium) == ["hello"], what="the message")
+        assert text_of(chromium, "#status") == "not connected"
+    with run_page(ORDERS, tmp_path / ORDERS, PUSH_URL=NOWHERE) as shop:
+        open_page(chromium, shop.url, log_in(shop, "ada").cookie)
+        eventually(lambda: state_on(chromium, 1) == "placed", what="the order")
+        assert text_of(chromium, "#status") == "not connected"
+    with jobs(STEP_SECONDS="3600") as example, blocked(chromium, "*/wsqueue.js"):
+        open_page(chromium, example.url)
+        start_in_the_page(chromium, "1\n2")
+        eventually(lambda: text_of(chromium, "#count") in ("0 of 2", "1 of 2"), what="the job")
+        eventually(lambda: reloaded(chromium, "#count") == "1 of 2", what="the present state")
+        assert text_of(chromium, "#status") == "not connected"
+
+
+@contextmanager
+def blocked(driver, pattern):
+    """The browser gets nothing from such URLs."""
+    driver.execute_cdp_cmd("Network.enable", {})
+    driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": [pattern]})
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        driver.execute_cdp_cmd("Network.disable", {})
+
+
+def reloaded(driver, selector):
+    """What stands there once a new page has loaded its state."""
+    driver.refresh()
+    eventually(lambda: text_of(driver, selector), what="a state")
+    return text_of(driver, selector)
+
+
 # ---- Starting and stopping -------------------------------------------------------------------------------------
 
 
