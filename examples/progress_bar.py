@@ -329,7 +329,7 @@ function show(state) {
 
 // Whoever listens to the page is told of each quarter, and of the end; ten numbers a second would drown all else.
 function announce(state) {
-  const quarter = ({ done, total }) => Math.floor(4 * done / total);
+  const quarter = ({ done, total }) => Math.min(3, Math.floor(4 * done / total));  // the fourth one is the end
   if (state.state === "running" && shown && quarter(state) === quarter(shown)) return;
   const running = quarter(state) ? `At least ${25 * quarter(state)} % done.` : "Running.";
   const sentences = { running, finished: `Finished. ${state.text}`, failed: `Failed. ${state.text}` };
