@@ -51,7 +51,7 @@ app.config.update(
     SESSION_COOKIE_SAMESITE="Lax",  # the forms of other sites come without it
     MAX_CONTENT_LENGTH=64 * 1024,
 )
-push = WebSocketServer(app)
+push = WebSocketServer(app, monitoring="off")  # that page would show all topics to whoever is logged in, and send
 
 
 # ── The push server's side ───────────────────────────────────────────────────────────────────────────────
@@ -120,7 +120,7 @@ def ticket() -> Response:
     """Lets its user connect to the push server within the next minute; the page fetches one each time."""
     if not PUSH_URL:
         abort(404, "Here the session is enough.")
-    secret = os.environ["WS_SECRET"].split()[0]  # of several, while they are changed, the first is the new one
+    secret = os.environ["WS_SECRET"].strip().splitlines()[0]  # of several, the first is the newest
     made = Response(sign_ticket(secret, user=current_user()), mimetype="text/plain")
     made.headers["Cache-Control"] = "no-store"
     return made
@@ -196,6 +196,8 @@ def main() -> None:
         web = make_server(HOST, port_from("APP_PORT", 8080), app, threaded=True)
         if not PUSH_URL:
             push.host(HOST).port(port_from("WS_PORT", 8081)).event_queue(QUEUE).start(background=True)
+            if not push.is_running():  # but stands by
+                sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
     except (WsqueueError, OSError, ValueError) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")
     print(f"listening on http://{HOST}:{web.server_port}")

@@ -287,6 +287,12 @@ def test_a_user_sees_messages_in_the_browser(chromium, variant, request):
     assert text_of(chromium, "#answer") == "sent"
 
 
+def test_the_monitor_page_is_not_for_who_is_logged_in(example):
+    """It would show the topics of all, and send to anybody."""
+    answer = exchange(example.push_url, handshake(Cookie=Visitor(example, "ada").cookie, Upgrade=None, Connection=None))
+    assert answer.status == 426
+
+
 @needs_chromium
 def test_a_user_who_logs_out_sees_the_form_again(chromium, example):
     """And no messages."""
@@ -338,6 +344,25 @@ def test_a_port_that_cannot_be_had_is_named(tmp_path, variable, port):
     """The example ends with a sentence."""
     said = complaint(**{"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": str(tmp_path / "q"), variable: port})
     assert port in said and variable in said
+
+
+def test_a_queue_that_another_process_serves_is_named(example, tmp_path):
+    """The example does not stand by for it without a word: its page would have no push server."""
+    with spawn_server("--queue", tmp_path / "ws_queue"):
+        said = complaint(APP_PORT="0", WS_PORT="0", WS_QUEUE_PATH=str(tmp_path / "ws_queue"))
+        assert f"another process serves {tmp_path / 'ws_queue'}" in said
+
+
+def test_a_secret_may_have_a_space(tmp_path):
+    """What the server takes for one secret, the application signs with."""
+    queue, secret = tmp_path / "ws_queue", "correct horse " * 5
+    with spawn_server("--queue", queue, "--host", "localhost", env={**os.environ, "WS_SECRET": secret}) as server:
+        push_url = f"ws://localhost:{server.port}/"
+        with run_example(queue, PUSH_URL=push_url, WS_SECRET=secret) as example:
+            ticket = Visitor(example, "ada").get("/ticket").text
+            with RawClient(push_url, f"/?ticket={ticket}") as client:
+                assert Visitor(example, "grace").post("/messages", to="ada", text="hello").status == 204
+                assert client.payloads(1) == [{"from": "grace", "text": "hello"}]
 
 
 def test_tickets_need_the_secret():
