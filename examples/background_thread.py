@@ -79,7 +79,7 @@ class Job:
         self.owner = owner
         self.numbers = numbers
         self.state: Dict[str, Any] = {"job": self.id, "status": "waiting"}  # replaced, never changed: no lock
-        self.future: "Future[None]" = Future()
+        self.future: Future[None] = Future()
 
     def tell(self, status: str, **more: Any) -> None:
         """Note the state first: a page that asks when the event arrives sees it."""
@@ -99,7 +99,7 @@ class Jobs:
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards the following
         self._ending = False
-        self._jobs: "OrderedDict[str, Job]" = OrderedDict()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
 
     def start(self, owner: str, numbers: List[float]) -> Optional[Job]:
         """None: there is no room."""

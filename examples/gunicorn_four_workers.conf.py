@@ -59,8 +59,9 @@ def post_worker_init(worker: Any) -> None:
         push.start(background=True)
         worker.push = push
     except WsqueueError as error:
-        # To raise it would end gunicorn, at any time, if it is a new worker's. A site without news is better than none.
-        worker.log.error("nothing is pushed: %s. Check WS_PORT and WS_QUEUE_PATH, then kill -HUP %d.", error, worker.ppid)
+        # Not raised: gunicorn ends when a worker cannot start, even a later one. Better a site without news than none.
+        repair = f"Check WS_PORT and WS_QUEUE_PATH, then kill -HUP {worker.ppid}."
+        worker.log.error("this worker pushes nothing: %s. %s", error, repair)
 
 
 def worker_exit(arbiter: Any, worker: Any) -> None:

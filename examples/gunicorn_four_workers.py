@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any, Dict, Tuple
 from urllib.parse import urljoin
 
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":  # up here, since what follows is for the workers
+    settings = str(HERE / "gunicorn_four_workers.conf.py")
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "--config", settings, *sys.argv[1:]])  # noqa: S606
+
 from flask import Flask, abort, render_template_string, request
 
 # Run from a plain checkout, Python looks for modules beside this file; wsqueue.py is one directory up.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(HERE.parent))
 
 from wsqueue import WebSocketServer, queue_event
 
-HERE = Path(__file__).resolve().parent
 QUEUE = os.environ.get("WS_QUEUE_PATH") or str(HERE / "logs" / "ws_queue")
 WS_PORT = int(os.environ.get("WS_PORT") or 8081)
 TEXT_LIMIT = 1000  # characters of a note
@@ -91,8 +95,3 @@ document.getElementById("send").onsubmit = async event => {
 </script>
 </html>
 """
-
-
-if __name__ == "__main__":
-    settings = str(HERE / "gunicorn_four_workers.conf.py")
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "--config", settings, *sys.argv[1:]])  # noqa: S606

@@ -19,8 +19,10 @@ function queue_event(string $queue, string $event, $payload = null): bool
     $temporary = "$queue/.$name.tmp";
     $queued = $json !== false && @file_put_contents($temporary, $json) === strlen($json)
         && @rename($temporary, "$queue/$name");
-    $queued || @unlink($temporary); // half of it, on a full disk
-    $queued || error_log("not queued in $queue: " . (error_get_last()['message'] ?? json_last_error_msg()));
+    if (!$queued) {
+        error_log("not queued in $queue: " . ($json ? error_get_last()['message'] : json_last_error_msg()));
+        @unlink($temporary); // half of it, on a full disk
+    }
     return $queued;
 }
 
