@@ -6,7 +6,10 @@
 
 A request starts a job and is answered with its id. What becomes of the job is pushed to the visitor who asked, and
 to nobody else: job_done, job_failed, job_cancelled, and job_progress on the way. GET /jobs/ID says the same to those
-who have missed it. The jobs live and end with this process; those that must survive it belong into a database.
+who have missed it.
+
+The jobs live and end with this one process; those that must survive it belong into a database. Threads are for work
+that waits, for a service or a disk: what computes for seconds goes into a ProcessPoolExecutor.
 
 Environment: APP_HOST, APP_PORT, WS_PORT (0 picks a free one), WS_QUEUE_PATH; JOB_WORKERS (4) run at a time and
 JOB_WAITING (16) wait, more are refused; JOB_STEP (0.5 s) is how slow the work is; JOB_GRACE (10 s) is what running jobs

@@ -15,7 +15,7 @@ What happens to the clients when workers end:
   a new one takes over, and what was queued meanwhile is sent by that.
 - --max-requests ends workers one by one, and in their turn the one that serves: its clients come back to another.
   Where workers are short-lived, or there are thousands of clients, run `wsqueue serve` beside gunicorn instead.
-- `kill -9`, or --timeout: the same without a leave. Events are queued all the while, by the workers that live.
+- `kill -9`, or want of memory: the same without a leave. Events are queued all the while, by the workers that live.
 
 Clients that name the last event they saw, as /wsqueue.js does, miss nothing. Worker classes: sync and gthread; gevent
 and eventlet replace the threads that the push server runs in.
@@ -58,7 +58,7 @@ def post_worker_init(worker: Any) -> None:
     try:
         push.start(background=True)
         worker.push = push
-    except WsqueueError as error:
+    except (WsqueueError, OSError) as error:
         # Not raised: gunicorn ends when a worker cannot start, even a later one. Better a site without news than none.
         repair = f"Check WS_PORT and WS_QUEUE_PATH, then kill -HUP {worker.ppid}."
         worker.log.error("this worker pushes nothing: %s. %s", error, repair)

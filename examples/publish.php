@@ -20,7 +20,7 @@ function queue_event(string $queue, string $event, $payload = null): bool
     $queued = $json !== false && @file_put_contents($temporary, $json) === strlen($json)
         && @rename($temporary, "$queue/$name");
     if (!$queued) {
-        error_log("not queued in $queue: " . ($json ? error_get_last()['message'] : json_last_error_msg()));
+        error_log("not queued in $queue: " . ($json ? error_get_last()['message'] ?? '' : json_last_error_msg()));
         @unlink($temporary); // half of it, on a full disk
     }
     return $queued;

@@ -1,5 +1,6 @@
 """The examples of producers as users run them: workers of gunicorn, a PHP page, a shell script, cron, and threads."""
 
+import importlib.util
 import json
 import os
 import re
@@ -864,6 +865,31 @@ def test_room_is_given_back(queue):
             for numbers in [[1], []] * 5:
                 job = eventually(lambda: visitor.ask("POST", "/jobs", {"numbers": numbers}).json.get("job"))  # noqa: B023
                 assert list(ends(client)) == [job]
+
+
+def test_jobs_are_forgotten_once_they_have_ended_long_ago(queue):
+    """So many that have ended are known, the latest; and every job that has not."""
+    module = load_threads(KEPT=3, QUEUE=str(queue))
+    jobs = module.Jobs(workers=2, waiting=100, step=SLOW)
+    try:
+        runs = jobs.start("ada", [1])
+        ended = [jobs.start("ada", []) for _ in range(8)]
+        for job in ended:
+            job.future.result(PATIENCE)
+        latest = jobs.start("ada", [])
+        known = [job for job in [runs, *ended, latest] if jobs.find(job.id, "ada")]
+        assert known == [runs, ended[-1], latest]
+    finally:
+        jobs.stop(0)
+
+
+def load_threads(**changes):
+    """The example as a module, with other constants."""
+    spec = importlib.util.spec_from_file_location("background_thread", str(EXAMPLES / THREADS))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module).update(changes)
+    return module
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
