@@ -23,7 +23,9 @@ and eventlet replace the threads that the push server runs in.
 
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,13 @@ def post_worker_init(worker: Any) -> None:
         # Not raised: gunicorn ends when a worker cannot start, even a later one. Better a site without news than none.
         repair = f"Check WS_PORT and WS_QUEUE_PATH, then kill -HUP {worker.ppid}."
         worker.log.error("this worker pushes nothing: %s. %s", error, repair)
+
+
+def worker_int(worker: Any) -> None:
+    """Ctrl-C comes from the terminal, and again from the arbiter (SIGQUIT): that would end worker_exit half-way."""
+    if threading.current_thread() is threading.main_thread():  # --reload calls this in a thread of its own
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, lambda *_: None)  # for SIG_IGN, one that has come already would be an OSError
 
 
 def worker_exit(arbiter: Any, worker: Any) -> None:
