@@ -46,7 +46,7 @@ def started(kind, command, **variables):
     """An example in a session of its own, with all that it starts; gone when the block ends."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        env = {**inherited, "HOME": output, **{name: str(value) for name, value in variables.items()}}
+        env = {**inherited, "HOME": output, "TMPDIR": output, **{name: str(value) for name, value in variables.items()}}
         with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
             # From another directory than the checkout: what an example needs, it must find by itself.
             process = subprocess.Popen(
