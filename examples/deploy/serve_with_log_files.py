@@ -13,7 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout's wsqueue.py; not needed once it is installed
+# Run from a plain checkout, Python looks for modules beside this file; wsqueue.py is two directories up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import wsqueue
 
 path = os.environ.get("WS_LOG", "wsqueue.log")
