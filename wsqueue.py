@@ -617,11 +617,14 @@ def _holder(fd: int) -> str:
 
 
 def serving_process(directory: str) -> str | None:
-    """The pid of the server that consumes the directory, or None."""
+    """The pid of the server that consumes the directory, or None. Raises QueueError where that cannot be told."""
     import fcntl
 
+    path = f"{directory}/{_LOCK_NAME}"
     try:
-        fd = os.open(f"{directory}/{_LOCK_NAME}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except PermissionError:
+        raise QueueError(f"user id {os.getuid()} may not open {path}") from None
     except OSError:
         return None
     try:
@@ -1008,7 +1011,8 @@ class DirectoryQueue:
                 raise QueueError(f"cannot open {path!r}: {error.strerror}") from error
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise EventError("not a regular file") from None
-            raise UnfinishedError(f"user id {os.getuid()} cannot open it: {error.strerror}") from None
+            cure = " (a umask of 027 lets its group read it)" if error.errno == errno.EACCES else ""
+            raise UnfinishedError(f"user id {os.getuid()} cannot open it: {error.strerror}{cure}") from None
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -3494,8 +3498,10 @@ class WebSocketServer:
         with self._lifecycle:
             if self._state in ("running", "standby"):  # another thread was faster
                 return
-            log.info("standing by: %s", f"process {error.holder} serves the queue" if isinstance(
-                error, QueueInUseError) else error)
+            self._awaited = str(error)
+            if isinstance(error, QueueInUseError):
+                self._awaited = f"process {error.holder} serves the queue"
+            log.info("standing by: %s", self._awaited)
             self._state, self._stopping = "standby", threading.Event()
             self._standby = threading.Thread(target=self._await_turn, name="wsqueue-standby", daemon=True)
             self._standby.start()
@@ -3602,8 +3608,10 @@ class WebSocketServer:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches the server. Raises ServerError while it does not listen yet."""
-        if self._listener is None or self._state == "standby":  # it may have served before
-            raise ServerError("the URL is known once the server listens: start() it; one that stands by does not yet")
+        if self._state == "standby":  # it may have served before
+            raise ServerError(f"this server stands by: {self._awaited}")
+        if self._listener is None:
+            raise ServerError("the URL is known once the server listens: start() it")
         host, port = self._listener.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is read, not bound
         return f"{'wss' if self._tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -5700,17 +5708,21 @@ def _shown_queue(queue: str) -> str:
 
 def _status(options: Any) -> int:
     node = {"node": options.node} if options.node else {}
-    queue = open_queue(options.queue, **node)
+    queue, nobody = open_queue(options.queue, **node), "none: start one with wsqueue serve"
     backlog = queue.backlog()
     if isinstance(queue, BrokerQueue):
         servers, hint = [f"node {name}, there {age:.0f} s ago" for name, age in queue.nodes()
                          if age < 3 * SEEN_SECONDS], ""
         more = " or more" if servers and not queue.shared else ""  # RabbitMQ does not tell what a server has fetched
     else:
-        pid, hint, more = serving_process(options.queue), ", see failed/*.reason", ""
-        servers = [f"process {pid}"] if pid else []
+        servers, hint, more = [], ", see failed/*.reason", ""
+        try:
+            pid = serving_process(options.queue)
+            servers = [f"process {pid}"] if pid else []
+        except QueueError as error:
+            nobody = f"unknown: {error}"
     print(f"queue    {_shown_queue(options.queue)}")
-    for server in servers or ["none: start one with wsqueue serve"]:
+    for server in servers or [nobody]:
         print(f"server   {server}")
     age = f", the oldest waits for {backlog.oldest:.1f} s" if backlog.waiting else ""
     print(f"backlog  {backlog.waiting}{more}{age}")

@@ -274,10 +274,11 @@ def main() -> None:
             int(number_from("JOB_WORKERS", 4, 1)), int(number_from("JOB_WAITING", 16)), number_from("JOB_STEP", 0.5))
         web = make_server(HOST, int(number_from("APP_PORT", 8080)), app, threaded=True)
         push.host(HOST).port(int(number_from("WS_PORT", 8081))).event_queue(QUEUE).start(background=True)
+        url = push.url  # an error where another process serves the queue, and this one would stand by
     except (WsqueueError, OSError, ValueError) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT, WS_QUEUE_PATH and JOB_….")
     print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {push.url}; ctrl-C ends", flush=True)
+    print(f"push server: {url}; ctrl-C ends", flush=True)
     try:
         web.serve_forever()  # until ctrl-C
     finally:

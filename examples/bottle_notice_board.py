@@ -127,7 +127,7 @@ def main() -> None:
     try:
         push.host(HOST).port(int(os.environ.get("WS_PORT") or 8081)).event_queue(QUEUE).start(background=True)
         if not push.is_running():  # but stands by
-            sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
+            sys.exit(f"another process serves the queue {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
         run(host=HOST, port=int(PORT), server_class=ThreadingServer, handler_class=RequestHandler, quiet=True)
     except (WsqueueError, OSError, ValueError, OverflowError) as error:
         sys.exit(f"cannot start at {HOST}:{PORT}: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")

@@ -396,10 +396,11 @@ def main() -> None:
         web = make_server(HOST, port_from("APP_PORT", 8080), app, threaded=True)
         if not PUSH_URL:
             push.host(HOST).port(port_from("WS_PORT", 8081)).event_queue(QUEUE).start(background=True)
+        url = PUSH_URL or push.url  # an error where another process serves the queue, and this one would stand by
     except (WsqueueError, OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT, WS_QUEUE_PATH and DATABASE_PATH.")
     print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {PUSH_URL or push.url}; ctrl-C ends", flush=True)
+    print(f"push server: {url}; ctrl-C ends", flush=True)
     try:
         web.serve_forever()  # until ctrl-C
     finally:

@@ -196,12 +196,11 @@ def main() -> None:
         web = make_server(HOST, port_from("APP_PORT", 8080), app, threaded=True)
         if not PUSH_URL:
             push.host(HOST).port(port_from("WS_PORT", 8081)).event_queue(QUEUE).start(background=True)
-            if not push.is_running():  # but stands by
-                sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
+        url = PUSH_URL or push.url  # an error where another process serves the queue, and this one would stand by
     except (WsqueueError, OSError, ValueError) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")
     print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {PUSH_URL or push.url}")
+    print(f"push server: {url}")
     if not os.environ.get("APP_PASSWORD"):
         print(f"log in as {' or '.join(USERS)} with the password {PASSWORD}; ctrl-C ends", flush=True)
     sys.stdout.flush()

@@ -394,10 +394,11 @@ def main() -> None:
         web = make_server(HOST, port_from("APP_PORT", 8080), app, threaded=True)
         if not PUSH_URL:
             push.host(HOST).port(port_from("WS_PORT", 8081)).event_queue(QUEUE).start(background=True)
+        url = PUSH_URL or push.url  # an error where another process serves the queue, and this one would stand by
     except (WsqueueError, OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT and DATABASE_PATH.")
     print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {PUSH_URL or push.url}")
+    print(f"push server: {url}")
     if not os.environ.get("APP_PASSWORD"):
         print(f"log in as {', '.join(CUSTOMERS)} or {STAFF} with the password {PASSWORD}; ctrl-C ends")
     sys.stdout.flush()

@@ -428,14 +428,15 @@ def serve() -> None:
         float(STEP_SECONDS)
         web = ThreadingWSGIServer((HOST, port_from("APP_PORT", 8080)), RequestHandler)
         push.port(port_from("WS_PORT", 8081)).start(background=True)
+        url = push.url  # an error where another process serves the queue, and this one would stand by
     except (WsqueueError, OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"cannot start: {error}. Check APP_HOST, APP_PORT, WS_PORT, STEP_SECONDS, WS_QUEUE_PATH and"
                  " DATABASE_PATH.")
-    web.set_app(make_app(push.url.rpartition(":")[2]))
+    web.set_app(make_app(url.rpartition(":")[2]))
     for job in running_jobs():  # whose workers have outlived an earlier start, or have not
         watch(job)
     print(f"listening on http://{HOST}:{web.server_port}")
-    print(f"push server: {push.url}; ctrl-C ends", flush=True)
+    print(f"push server: {url}; ctrl-C ends", flush=True)
     try:
         web.serve_forever()
     except KeyboardInterrupt:

@@ -100,11 +100,10 @@ class Handler(WSGIRequestHandler):
 def main() -> None:
     try:
         push.host(HOST).port(int(os.environ.get("WS_PORT") or 8081)).event_queue(QUEUE).start(background=True)
-        if not push.is_running():  # but stands by
-            sys.exit(f"another process serves {QUEUE}: stop it, or set WS_QUEUE_PATH to another directory.")
+        url = push.url  # an error where another process serves the queue, and this one would stand by
         with make_server(HOST, int(PORT), app, Server, Handler) as web:
             print(f"listening on http://{HOST}:{web.server_port}; ctrl-C ends")
-            print(f"push server: {push.url}", flush=True)
+            print(f"push server: {url}", flush=True)
             web.serve_forever()
     except (WsqueueError, OSError, ValueError, OverflowError) as error:
         sys.exit(f"cannot start at {HOST}:{PORT}: {error}. Check APP_HOST, APP_PORT, WS_PORT and WS_QUEUE_PATH.")

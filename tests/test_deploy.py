@@ -734,7 +734,7 @@ def test_file_that_the_server_may_not_read_is_kept_and_can_be_mended(users, plac
         assert json.loads(client.recv())["event"] == "027"
         failed = eventually(lambda: list((queue / "failed").glob("*.json")), what="a file in failed/")
         eventually(lambda: str(failed[0]) in server.stderr_text(), what="a line of the log")
-        assert "cannot open it: Permission denied" in server.stderr_text()
+        assert "cannot open it: Permission denied (a umask of 027" in server.stderr_text()
         failed[0].chmod(0o640)
         shutil.move(str(failed[0]), str(queue))
         assert json.loads(client.recv())["event"] == "077"
@@ -914,3 +914,13 @@ def test_build_gets_one_file_of_the_checkout():
     """Neither .git nor anybody's secrets go to the builder."""
     lines = [line for line in text_of("Dockerfile.dockerignore").splitlines() if not line.startswith("#")]
     assert lines == ["*", "!wsqueue.py"]
+
+
+@needs_users
+def test_status_does_not_deny_a_server_whose_lock_it_may_not_open(users, place):
+    """A producer may list the directory and not read the lock (a server with umask 077): who serves is unknown then."""
+    queue = make_queue(place, users, WITHOUT_ACL)
+    command = as_user(users.server, PYTHON, str(place / "wsqueue.py"), "serve", "--port", "0", "--queue", str(queue))
+    with running(command, umask=0o077, cwd="/"):
+        status = try_as(users.producer, f"{PYTHON} {place}/wsqueue.py status --queue {queue}")
+        assert status.returncode == 1 and "server   unknown: user id" in status.stdout

@@ -1103,6 +1103,14 @@ def test_a_database_that_a_page_example_cannot_have_is_named(tmp_path, name):
     assert "DATABASE_PATH" in complaint(name, tmp_path, DATABASE_PATH=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", [CHAT, PROGRESS])
+def test_a_page_example_does_not_stand_by_for_another(tmp_path, name):
+    """Its page would not know where to connect to."""
+    with spawn_server("--queue", f"{tmp_path}/q") as server:
+        said = complaint(name, tmp_path)
+        assert f"process {server.pid} serves the queue" in said and "WS_QUEUE_PATH" in said
+
+
 @pytest.mark.parametrize("name", [CHAT, ORDERS])
 def test_a_push_server_elsewhere_needs_the_secret(tmp_path, name):
     """Without it, nobody could connect."""

@@ -129,7 +129,7 @@ def test_who_comes_second_stands_by(directory, caplog):
     with spawn_server("--queue", directory) as first, RawClient(first.url) as client:
         with second(directory) as server:
             assert not server.is_running()
-            with pytest.raises(ServerError, match="stands by"):
+            with pytest.raises(ServerError, match=f"stands by: process {first.pid} serves the queue"):
                 server.url  # noqa: B018 - it is a property
             assert re.search(rf"standing by: .*\bprocess {first.pid}\b", caplog.text)
             assert queue_event(directory, "e", 1)

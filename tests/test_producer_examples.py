@@ -954,6 +954,13 @@ def test_a_setting_of_the_threads_that_cannot_be_is_named(queue, variable, value
     assert said.startswith("cannot start: ") and value in said and variable.partition("_")[0] in said
 
 
+def test_the_threads_do_not_stand_by_for_another_server(queue):
+    """Their page would not know where to connect to."""
+    with spawn_server("--queue", queue) as server:
+        said = complaint(THREADS, APP_PORT="0", WS_PORT="0", WS_QUEUE_PATH=str(queue))
+        assert f"process {server.pid} serves the queue" in said and "WS_QUEUE_PATH" in said
+
+
 @needs_chromium
 def test_the_page_of_the_threads_shows_how_jobs_end(chromium, example):
     """What was done, and what has failed."""

@@ -285,6 +285,16 @@ def test_log_holds_no_ticket(front):
     assert not any("confidential" in (front.directory / name).read_text("utf-8") for name in ("out", "err", "first"))
 
 
+def test_log_holds_no_ticket_when_the_nodes_are_down(tmp_path):
+    """nginx would write the whole request beside what went wrong with it."""
+    with balanced((free_port(), free_port()), tmp_path) as port:
+        with socket.create_connection((HOST, port), PATIENCE) as sock:
+            sock.sendall(handshake("/?ticket=a.very.secret"))
+            assert sock.recv(12) == b"HTTP/1.1 502"
+    for name in ("out", "err", "first"):
+        assert "very.secret" not in (tmp_path / name).read_text("utf-8")
+
+
 def test_proxy_waits_longer_than_a_node_is_silent():
     """A connection on which nothing happens is pinged before nginx takes it for dead."""
     ping_interval = next(setting.default for setting in SETTINGS if setting.name == "ping_interval")
