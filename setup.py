@@ -1,9 +1,13 @@
 """Packaging. The product is one file, so this is all of it."""
 
+import os
 import re
 from pathlib import Path
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -25,17 +29,60 @@ def version() -> str:
     return match.group(1)
 
 
+def description() -> str:
+    """The README as an index can show it: that has none of the files that it links to, so their names stay as text.
+
+    Whoever repackages the source may leave the README out; that is no reason not to build.
+    """
+    text = README.read_text("utf-8") if README.exists() else ""
+    return re.sub(r"!?\[([^]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
+
+
+class BuildWithTypes(build_py):
+    """Type checkers believe an installed package's annotations, but no module's that is a file (PEP 561).
+
+    They believe a package NAME-stubs beside it, and the file is its own best stub.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            self.mkpath(os.path.dirname(self.stub()))
+            self.copy_file("wsqueue.py", self.stub())
+
+    def stub(self) -> str:
+        return os.path.join(self.build_lib, "wsqueue-stubs", "__init__.pyi")
+
+    def get_outputs(self, include_bytecode: bool = True) -> "list[str]":
+        return [*super().get_outputs(include_bytecode), self.stub()]
+
+
+class WholeSource(sdist):
+    """With what the README describes, the tests and the examples: packagers run them.
+
+    setuptools by itself takes tests/test*.py, and nothing that these import.
+    """
+
+    def make_release_tree(self, base_dir: str, files: "list[str]") -> None:
+        below = [path.relative_to(HERE) for name in ("tests", "examples") for path in (HERE / name).rglob("*")]
+        kept = [path for path in below  # and not what the tests have left behind
+                if not any(part == "__pycache__" or part.startswith(".") for part in path.parts)]
+        more = {str(path) for path in [Path(".ruff.toml"), *kept] if (HERE / path).is_file()}
+        super().make_release_tree(base_dir, sorted({*files, *more}))
+
+
 setup(
     name="wsqueue",
     version=version(),
     description="Pushes events from any process to every connected browser; a directory is the queue",
-    # Whoever repackages the source may leave the README out; that is no reason not to build.
-    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     author="The wsqueue authors",
-    license="MIT",
+    # An SPDX expression; before setuptools 77 the field is free text, and any other name a warning.
+    **{"license_expression" if int(setuptools_version.split(".")[0]) >= 77 else "license": "MIT"},
     license_files=["LICENSE"],
     py_modules=["wsqueue"],
+    cmdclass={"build_py": BuildWithTypes, "sdist": WholeSource},
     python_requires=">=3.8",
     # Only a server needs it, and imports it when it starts; producers run without.
     install_requires=["websocket-server>=0.6.4"],
@@ -72,7 +119,9 @@ setup(
     classifiers=[
         "Intended Audience :: Developers",
         "Operating System :: POSIX",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(8, 14)),
         "Topic :: Internet :: WWW/HTTP",
+        "Typing :: Typed",
     ],
 )

@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from contextlib import contextmanager
+from email import message_from_string
+from fnmatch import fnmatch
 
 import pytest
 
-from helpers import ROOT, TIME_UNIT
+from helpers import ROOT, TIME_UNIT, eventually
 
 TOP_LEVEL = {"setup.py", "wsqueue.py", "tests", "examples", "README.md", "LICENSE"}
+MADE = {"PKG-INFO", "setup.cfg", "wsqueue.egg-info"}  # what setuptools adds to an sdist
 
 # What setuptools does when it is asked to build a project. Run with -E: a warning is to be about the project,
 # not about somebody's PYTHONDONTWRITEBYTECODE.
@@ -47,12 +52,18 @@ def queued(directory):
 # ---- The packages ------------------------------------------------------------------------------------------
 
 
+# What lies about in a checkout, and belongs to nobody else's.
+LEFT_BEHIND = [".git", ".venv", ".autobahn", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist"]
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """Built from a copy, because building leaves directories behind in the source tree."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
-    for name in TOP_LEVEL - {"tests", "examples"}:
-        shutil.copy(str(ROOT / name), str(source))
+    source, target = tmp_path_factory.mktemp("source") / "wsqueue", tmp_path_factory.mktemp("sdist")
+    shutil.copytree(str(ROOT), str(source), ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    for stray in ("tests/__pycache__/test_event.pyc", "tests/.venv/bin/python", "examples/.cache", "notes.txt"):
+        (source / stray).parent.mkdir(parents=True, exist_ok=True)
+        (source / stray).touch()
     return build("sdist", source, target)
 
 
@@ -67,6 +78,13 @@ def wheel(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def metadata(wheel):
+    with zipfile.ZipFile(str(wheel)) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        return message_from_string(archive.read(name).decode("utf-8"))
+
+
+@pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """A virtual environment with nothing in it but the wheel; the directory of its programs."""
     home = tmp_path_factory.mktemp("venv")
@@ -78,21 +96,119 @@ def installed(wheel, tmp_path_factory):
     return bin_dir
 
 
-def test_wheel_holds_one_module_and_the_license(wheel):
-    """The wheel is the file, its metadata and its license, and nothing that lay about in the tree."""
+def test_sdist_holds_what_the_readme_describes(sdist):
+    """All that the repository holds, tests and examples with it, and nothing that lay about in the tree."""
+    with tarfile.open(str(sdist)) as archive:
+        files = {member.name.split("/", 1)[1]: member.mode for member in archive if member.isfile()}
+    there = {str(path.relative_to(ROOT)) for name in TOP_LEVEL for path in [ROOT / name, *(ROOT / name).rglob("*")]
+             if path.is_file() and not any(fnmatch(part, left) for part in path.parts for left in LEFT_BEHIND)}
+    made = {name for name in files if name in MADE or name.split("/")[0] in MADE}
+    assert set(files) - made == there | {".ruff.toml"}
+    assert files["tests/run"] & 0o100
+
+
+def test_wheel_holds_one_module_its_types_and_the_license(wheel):
+    """The wheel is the file, twice: types of an installed module are believed in a package beside it only."""
     with zipfile.ZipFile(str(wheel)) as archive:
         names = archive.namelist()
-    assert [name for name in names if ".dist-info/" not in name] == ["wsqueue.py"]
+        module, types = archive.read("wsqueue.py"), archive.read("wsqueue-stubs/__init__.pyi")
+    assert sorted(name for name in names if ".dist-info/" not in name) == ["wsqueue-stubs/__init__.pyi", "wsqueue.py"]
     assert any(name.endswith("LICENSE") for name in names)
+    assert module == types == (ROOT / "wsqueue.py").read_bytes()
 
 
-def test_wheel_requires_only_websocket_server(wheel):
+def test_an_index_would_take_the_packages(sdist, wheel):
+    """Metadata are valid, and the description can be rendered."""
+    done = run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=sdist.parent)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_description_links_to_no_file(metadata):
+    """An index shows the README alone: a picture or a file beside it would be a dead link there."""
+    links = re.findall(r"\[[^]]+\]\(([^)]+)\)", metadata.get_payload())
+    assert any(link.startswith("#") for link in links)
+    assert [link for link in links if not link.startswith(("#", "http://", "https://"))] == []
+    assert "![" not in metadata.get_payload()
+
+
+def test_metadata_say_what_it_is(metadata):
+    """The licence as an expression, the Pythons that it runs on, and that it has types."""
+    assert (metadata["License-Expression"] or metadata["License"]) == "MIT"
+    assert metadata["Requires-Python"] == ">=3.8"
+    classifiers = metadata.get_all("Classifier")
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(8, 14)} <= set(classifiers)
+    assert "Typing :: Typed" in classifiers
+
+
+def test_wheel_requires_only_websocket_server(metadata):
     """Whoever installs the package gets one other, and the tests' tools only on demand."""
-    with zipfile.ZipFile(str(wheel)) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
-        metadata = archive.read(name).decode("utf-8").splitlines()
-    required = [line.replace(" ", "") for line in metadata if line.startswith("Requires-Dist:")]
-    assert [line for line in required if "extra==" not in line] == ["Requires-Dist:websocket-server>=0.6.4"]
+    required = [line.replace(" ", "") for line in metadata.get_all("Requires-Dist")]
+    assert [line for line in required if "extra==" not in line] == ["websocket-server>=0.6.4"]
+
+
+# ---- Types -------------------------------------------------------------------------------------------------
+
+RIGHT = """\
+from wsqueue import Connection, WebSocketServer, queue_event
+
+queued: bool = queue_event("ws_queue", "order_paid", {"id": 42}, to=["/orders"])
+server = WebSocketServer(port=8081, queue="ws_queue")
+
+def chat(conn: Connection) -> None:
+    conn.join("room:" + conn.query["room"])
+    for message in conn:
+        server.broadcast("said", {"text": message}, to=conn.path.upper(), exclude=conn)
+
+server.on("/chat", chat)
+print(server.get_connection_count() + len(server.registry.audience()))
+"""
+# Each line is wrong by itself.
+WRONG = {
+    "name-defined": "from wsqueue import queue_events; queue_evens('q', [])",
+    "attr-defined": "import wsqueue; wsqueue.WebSocketServer().prot(8081)",
+    "arg-type": "import wsqueue; wsqueue.WebSocketServer().port('8081')",
+    "assignment": "import wsqueue; queued: str = wsqueue.queue_event('q', 'order_paid')",
+}
+
+
+@pytest.fixture(params=["installed", "copied"])
+def check_types(request, tmp_path, tmp_path_factory):
+    """A function that runs mypy --strict over a program that imports wsqueue, and returns what it says, and its status.
+
+    The wheel is in an environment of its own; the copied file lies beside the program.
+    """
+    if request.param == "copied":
+        shutil.copy(str(ROOT / "wsqueue.py"), str(tmp_path))
+        python = sys.executable
+    else:
+        python = request.getfixturevalue("installed") / "python"
+    cache = tmp_path_factory.getbasetemp() / f"mypy-{request.param}"  # checked once, and not once for each test
+
+    def check(program):
+        (tmp_path / "program.py").write_text(program, "utf-8")
+        mypy = [sys.executable, "-m", "mypy", "--strict", "--no-color-output", "--config-file", os.devnull]
+        done = run(*mypy, "--cache-dir", cache, "--python-executable", python, "program.py", cwd=tmp_path)
+        return done.stdout, done.returncode
+
+    return check
+
+
+def test_a_right_program_passes(check_types):
+    """Strictly: every name that it uses has a type."""
+    said, status = check_types(RIGHT)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("rule, program", WRONG.items(), ids=str)
+def test_a_wrong_program_is_refused(check_types, rule, program):
+    """A name that does not exist, an argument or a result of another type: the line, and nothing else."""
+    said, status = check_types(program + "\n")
+    assert status == 1
+    assert re.findall(r"^(\S+): error: .*\[(.*)\]$", said, re.MULTILINE) == [("program.py:1", rule)], said
+
+
+# ---- The installed command ---------------------------------------------------------------------------------
 
 
 def test_installed_command_explains_itself(installed, tmp_path):
@@ -136,6 +252,54 @@ def test_file_alone_says_what_a_server_needs(alone):
     assert "Traceback" not in done.stderr
 
 
+@contextmanager
+def serving(*command, cwd):
+    """A server, in a process of its own; its URL. At its end it is asked to stop, and must not have complained."""
+    with open(cwd / "log", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen([*map(str, command), "--port", "0", "--queue", "q"], cwd=str(cwd),
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, encoding="utf-8")
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+            process.communicate(timeout=20 * TIME_UNIT)
+        log.seek(0)
+        said = log.read()
+    assert process.returncode == 0, said
+    assert not re.search("Warning|Traceback|ERROR|Exception ignored", said), said
+
+
+STRICT = [["-W", "error"], ["-W", "error", "-X", "dev"], ["-W", "error", "-bb"], ["-W", "error", "-I"]]
+
+
+@pytest.mark.parametrize("flags", STRICT, ids=" ".join)
+def test_no_command_warns(alone, flags):
+    """Warnings are errors, in development mode and where bytes are no text: each command does its work, and no more.
+
+    Whatever needs the standard library alone is run without any other.
+    """
+    wsqueue, bare = [sys.executable, *flags, "wsqueue.py"], [sys.executable, *flags, "-S", "wsqueue.py"]
+    (alone / "secret").write_text("0123456789abcdef" * 4, "utf-8")
+    with serving(*wsqueue, "serve", cwd=alone) as url:
+        program = [*bare, "listen", url, "--count", "1"]
+        listener = subprocess.Popen(program, cwd=str(alone), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+        def heard():
+            done = run(*bare, "send", "hello", '{"n": 1}', "--queue", "q", "--durable", cwd=alone)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            return listener.poll() is not None
+
+        try:
+            eventually(heard, 20.0, "the listener's end")
+        finally:
+            listener.kill()
+            said, complaint = listener.communicate()
+        assert (json.loads(said)["payload"], complaint, listener.returncode) == ({"n": 1}, b"", 0)
+        for command in ("status --queue q", "ticket --user 42 --secret-file secret", "--version", "serve --help"):
+            done = run(*bare, *command.split(), cwd=alone)
+            assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
 # ---- The repository ----------------------------------------------------------------------------------------
 
 
@@ -148,5 +312,5 @@ def test_top_level_holds_only_what_belongs_there():
         assert files.returncode == 0, files.stderr
         names = {path.split("/")[0] for path in files.stdout.split("\0") if path}
     else:
-        names = set(os.listdir(str(ROOT))) - {"__pycache__"}
+        names = set(os.listdir(str(ROOT))) - {"__pycache__"} - MADE
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
