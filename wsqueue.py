@@ -5568,40 +5568,47 @@ PAGES.update({
 
 
 # 13 ─ Command line ────────────────────────────────────────────────────────────────────────────────────────────────
-# wsqueue serve | send | listen | status | ticket. Each command returns its exit status; what a user did wrong is one
-# line on stderr: 1 for what failed, 2 for a command line that makes no sense.
+# Each command returns its exit status; what a user did wrong is one line on stderr.
 
 
 def _parser() -> Any:
     import argparse
+    import shutil
+    import textwrap
 
-    parser = argparse.ArgumentParser(prog="wsqueue", description="Push events from any process to every browser.")
+    width = max(11, shutil.get_terminal_size().columns - 2)  # as argparse counts
+    wrap = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+
+    def manual(command: str) -> dict[str, Any]:
+        """What its parser is made with. Lines fit the terminal, but for examples: those are to be copied."""
+        _, about, good, bad, examples, *more = _COMMANDS[command]
+        status = f"Exit status: 0 if {good}; 1 if {bad}; 2 for a command line that makes no sense."
+        below = [*map(wrap, [*more, status]), "Example:", *(f"  wsqueue {example}" for example in examples)]
+        return {"description": wrap(about), "epilog": "\n".join(below), "allow_abbrev": False,  # --secret X is an error
+                "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+    parser = argparse.ArgumentParser(prog="wsqueue", **manual(""))
     parser.add_argument("--version", action="version", version=f"wsqueue {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command = functools.partial(commands.add_parser, allow_abbrev=False)  # else --secret X would be --secret-file X
-    serve = command("serve", help="broadcast a queue's events (the default command)")
+    add: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True).add_parser
+    serve, send, listen, status, ticket = (
+        add(name, help=row[1].partition(".")[0], **manual(name)) for name, row in _COMMANDS.items() if name)
+    serve.usage, group = "wsqueue serve [OPTION ...]", serve
     for setting in SETTINGS:
-        _add_option(serve, setting)
-    send = command("send", help="queue an event")
-    send.add_argument("event", help="its name, such as order_paid")
-    send.add_argument("payload", nargs="?", default="null", metavar="JSON", help="its payload; - reads it from stdin")
-    send.add_argument("--to", action="append", metavar="TOPIC", help="only to clients on this topic; may be repeated")
-    send.add_argument("--durable", action="store_true", help="survive a power cut (fsync)")
-    listen = command("listen", help="print the messages of a server, one a line")
-    listen.add_argument("url", metavar="URL", help="such as ws://127.0.0.1:8081/")
-    listen.add_argument("--count", type=int, metavar="N", help="end after N messages")
-    listen.add_argument("--timeout", type=float, metavar="S",
-                        help="end after S seconds; status 1 if --count is not reached")
-    status = command("status", help="show what waits in a queue, and who serves it (status 1: nobody)")
-    for each in (send, status):
-        _add_option(each, _BY_NAME["queue"])
-    _add_option(status, _BY_NAME["node"])
-    ticket = command("ticket", help="print a ticket to connect with; its secret is that of the server")
-    ticket.add_argument("--user", metavar="ID", help="who connects with it; gets events to the topic user:ID")
-    ticket.add_argument("--topic", action="append", default=[], metavar="TOPIC", help="may be repeated")
-    ticket.add_argument("--path", help="the only path that it is for")
-    ticket.add_argument("--ttl", type=float, default=60.0, metavar="S", help="seconds to connect within (default: 60)")
-    _add_option(ticket, _BY_NAME["secret_file"])
+        group = serve.add_argument_group(_GROUPS[setting.name]) if setting.name in _GROUPS else group
+        _add_option(group, setting)
+    send.add_argument("event", metavar="EVENT", help="its name, such as order_paid")
+    send.add_argument("payload", nargs="?", default="null", metavar="JSON", help="(default: null); - reads stdin")
+    send.add_argument("--to", action="append", metavar="TOPIC", help="who gets it (default: all); may be repeated")
+    send.add_argument("--durable", action="store_true", help="survive a power cut (fsync), which takes milliseconds")
+    listen.add_argument("url", metavar="URL", help="such as ws://127.0.0.1:8081/; its path is a topic")
+    listen.add_argument("--count", type=int, metavar="MESSAGES", help="end after so many (default: none)")
+    listen.add_argument("--timeout", type=float, metavar="SECONDS", help="end after so long (default: none)")
+    ticket.add_argument("--user", metavar="ID", help="who connects; gets events to user:ID (default: none)")
+    ticket.add_argument("--topic", action="append", default=[], help="gets its events (default: none); may be repeated")
+    ticket.add_argument("--path", help="the only path that it is for (default: any)")
+    ticket.add_argument("--ttl", type=float, default=60.0, metavar="SECONDS", help="to connect within (default: 60)")
+    for each, name in ((send, "queue"), (status, "queue"), (status, "node"), (ticket, "secret_file")):
+        _add_option(each, _BY_NAME[name])
     return parser
 
 
@@ -5611,15 +5618,13 @@ def _add_option(parser: Any, setting: Setting) -> None:
 
     if setting.unit == "secret":
         return  # every user of the machine sees command lines (ps)
-    kind = type(setting.default)
-    option = "--" + setting.name.replace("_", "-")
+    kind, usual = type(setting.default), "ws_queue" if setting.name == "queue" else setting.default
     given = os.environ.get(setting.variable)
     named = given is not None and setting.unit == "file"  # a secret's, that is not there: never serve all instead
-    default = given if given or named else "ws_queue" if setting.name == "queue" else setting.default
-    unit = f" [{setting.unit}]" if setting.unit in ("seconds", "bytes") else ""
-    variable = f", ${setting.variable}" if setting.variable else ""
-    shown = "none" if default in ("", ()) else default
-    text = f"{setting.meaning}{unit} (default: {shown}{variable})".replace("%", "%%")
+    default = given if given or named else usual
+    shown = "none" if usual in ("", ()) else "on" if usual is True else usual
+    variable = f"${setting.variable}, else " if setting.variable else ""  # not its value, which may hold a password
+    text = f"{setting.meaning} (default: {variable}{shown})" + ("; may be repeated" if kind is tuple else "")
 
     def convert(value: str) -> Any:  # argparse applies it to a default that is text, too
         if setting.unit == "file" and not value:  # of a variable that is not set: never serve in the clear instead
@@ -5631,16 +5636,16 @@ def _add_option(parser: Any, setting: Setting) -> None:
             raise argparse.ArgumentTypeError(f"must be of type {kind.__name__}, not {value!r}{source}") from None
 
     if kind is bool:
-        parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
-                            help=f"Turn off: {setting.meaning}")
+        parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false", help=f"Turn off: {text}")
     else:
-        # With a "|" they are words to be typed.
-        metavar = setting.unit if "|" in setting.unit else setting.unit.upper().replace(" OR ", "|")
-        parser.add_argument(option, type=convert, default=None if default in ("", ()) and not named else default,
-                            action="append" if kind is tuple else "store", metavar=metavar, help=text)
+        metavar = setting.unit if "|" in setting.unit else setting.unit.upper().replace(" OR ", "|")  # "a|b": words
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", type=convert, metavar=metavar, help=text,
+                            default=None if default in ("", ()) and not named else default,
+                            action="append" if kind is tuple else "store")
 
 
 def _serve(options: Any) -> int:
+    import resource
     import signal
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -5650,14 +5655,15 @@ def _serve(options: Any) -> int:
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # our own line says what went wrong, once
     given["secret"] = _secrets_of_environment()
     server = WebSocketServer(**given)
-    _raise_descriptor_limit()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # what an admin meant; the soft one, 1,024, is for select(2)
+    with contextlib.suppress(ValueError, OSError):  # macOS has "infinity" there, and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     def ready() -> None:
         for number in server._replaced_handlers:  # we end with it: a second Ctrl-C on the way out is no news
             server._replaced_handlers[number] = signal.SIG_IGN
         print(f"listening on {server.url}", flush=True)
-        kind = "" if _URL.match(given["queue"]) else " directory"
-        log.info("queue%s %s; stop with Ctrl-C", kind, _shown_queue(given["queue"]))
+        log.info("queue %s; stop with Ctrl-C", _shown_queue(given["queue"]))
 
     server.start(ready=ready)
     return 0
@@ -5676,19 +5682,9 @@ def _ticket(options: Any) -> int:
     return 0
 
 
-def _raise_descriptor_limit() -> None:
-    """The soft limit is 1,024 on most systems, for programs that use select(2); the hard one is what an admin meant."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # macOS has "infinity" there, and refuses it
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _send(options: Any) -> int:
     try:
-        text = sys.stdin.buffer.read().decode() if options.payload == "-" else options.payload
-        payload = json.loads(text)
+        payload = json.loads(sys.stdin.buffer.read().decode() if options.payload == "-" else options.payload)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"the payload is not JSON ({error}); text needs its quotes: '\"hello\"'") from None
     with contextlib.closing(open_queue(options.queue)) as queue:
@@ -5707,8 +5703,8 @@ def _shown_queue(queue: str) -> str:
 
 
 def _status(options: Any) -> int:
-    node = {"node": options.node} if options.node else {}
-    queue, nobody = open_queue(options.queue, **node), "none: start one with wsqueue serve"
+    queue = open_queue(options.queue, **({"node": options.node} if options.node else {}))
+    nobody = "none: start one with wsqueue serve"
     backlog = queue.backlog()
     if isinstance(queue, BrokerQueue):
         servers, hint = [f"node {name}, there {age:.0f} s ago" for name, age in queue.nodes()
@@ -5731,21 +5727,15 @@ def _status(options: Any) -> int:
 
 
 def _listen_command(options: Any) -> int:
-    for name in ("count", "timeout"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:  # nor NaN
-            raise SettingError(f"--{name} must be more than 0, not {value}")
+    if not all(limit is None or limit > 0 for limit in (options.count, options.timeout)):  # nor NaN
+        raise SettingError("--count and --timeout must be more than 0")
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
-    received = 0
-    try:
-        for message in receive_messages(options.url, deadline):
+    with contextlib.suppress(TimeoutError):
+        for number, message in enumerate(receive_messages(options.url, deadline), 1):
             print(message if isinstance(message, str) else message.hex(), flush=True)
-            received += 1
-            if received == options.count:
-                break
-    except TimeoutError:
-        return 1 if options.count else 0
-    return 1 if options.count and received < options.count else 0
+            if number == options.count:
+                return 0
+    return 1 if options.count else 0
 
 
 def receive_messages(url: str, deadline: float | None) -> Iterator[Message]:
@@ -5818,7 +5808,31 @@ def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:
     return client.sock, answer
 
 
-_COMMANDS = {"serve": _serve, "send": _send, "listen": _listen_command, "status": _status, "ticket": _ticket}
+# By command: its function, what it does, when its exit status is 0 and 1, examples, and what else --help should say.
+_COMMANDS: dict[str, tuple[Any, ...]] = {
+    "": (None, "Push events from any process to every connected browser. Without a command it serves.", "all went well",
+         "not (one line on stderr says why)", ["serve --queue ws_queue", "send order_paid '{\"id\": 42}'"],
+         "Environment: a $VARIABLE beside an option of a command stands in for it.",
+         "Files: the queue is the directory ws_queue, unless --queue names another."),
+    "serve": (_serve, "Broadcast a queue's events to every connected client. Says on stdout where it listens.",
+              "Ctrl-C or SIGTERM stopped it", "it cannot serve", ["serve --queue ws_queue --port 8081"],
+              "Environment: $WS_SECRET holds what a --secret-file would; it has no option, because ps would show it.",
+              "Files in a queue directory: *.json waits, failed/ was not understood, history/ is what was sent last."),
+    "send": (_send, "Queue an event. A server need not run; a queue directory that is missing is made.", "it is queued",
+             "it cannot be", ["send order_paid '{\"id\": 42}'", "send rows - --to /reports < rows.json"]),
+    "listen": (_listen_command, "Print the messages of a server, one a line. It ends when the server does.",
+               "it ended in order", "--count was not reached or the connection failed; 130 after Ctrl-C",
+               ["listen ws://127.0.0.1:8081/ --count 1"],
+               "Environment: $WS_TICKET is the ticket to connect with, $SSL_CERT_FILE what to trust at a wss:// URL."),
+    "status": (_status, "Show what waits in a queue, and who serves it. It changes nothing.", "it is served",
+               "nobody serves it or it cannot be read", ["status --queue ws_queue"]),
+    "ticket": (_ticket, "Print a ticket to connect with. Its secret is the server's; of several, the first one signs.",
+               "it is printed", "it cannot be", ["ticket --user 42 --secret-file secret"],
+               "Environment: $WS_SECRET holds the secret, and wins over a file."),
+}
+_GROUPS = {  # of options: the first setting of each
+    "host": "where it listens", "queue": "what is served", "max_message_bytes": "limits", "tls_cert": "encryption",
+    "allowed_origins": "who may connect", "history_events": "history", "monitoring": "monitoring"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5832,15 +5846,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options = _parser().parse_args(arguments)
             _warn_of_password(getattr(options, "queue", ""), arguments)
-            return _COMMANDS[options.command](options)
+            return _COMMANDS[options.command][0](options)  # type: ignore[no-any-return]
         finally:
             sys.stdout.flush()  # here, and not at the interpreter's exit, a reader that has left is no trouble
-    except SettingError as error:
-        print(f"wsqueue: {error}", file=sys.stderr)
-        return 2
     except WsqueueError as error:
         print(f"wsqueue: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SettingError) else 1
     except BrokenPipeError:  # `wsqueue listen URL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more at exit
         return 1

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -82,39 +83,116 @@ def environment(**more):
 # ---- The command line as a whole ---------------------------------------------------------------------------
 
 
+COMMANDS = ["serve", "send", "listen", "status", "ticket"]
+EVERY_HELP = pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+
+
+def help_of(*command, columns=200, **variables):
+    """What --help prints on a terminal of that width."""
+    done = run_cli(*command, "--help", env=environment(COLUMNS=str(columns), **variables))
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def examples(*command):
+    """The commands that a help shows, without `wsqueue`."""
+    found = re.findall(r"^  wsqueue (.+)$", help_of(*command).partition("\nExample:\n")[2], re.MULTILINE)
+    assert found
+    return found
+
+
 def test_help_names_every_command():
-    """--help tells what there is, and is no error."""
-    done = run_cli("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert all(command in done.stdout for command in ("serve", "send", "listen", "status"))
+    """--help tells what there is."""
+    shown = help_of()
+    assert all(re.search(rf"^    {name} +[A-Z]", shown, re.MULTILINE) for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["serve", "send", "listen", "status"])
-def test_each_command_explains_itself(command):
-    """COMMAND --help names the command in its usage line."""
-    done = run_cli(command, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: wsqueue {command} ")
+@EVERY_HELP
+def test_each_help_says_what_a_manual_page_does(command):
+    """A synopsis, what it does, the exit statuses, and an example."""
+    shown = help_of(*command)
+    assert shown.startswith(f"usage: {' '.join(['wsqueue', *command])} ")
+    assert re.search(r"\n\n[A-Z][^\n]*\.\n\n", shown)
+    assert re.search(r"^Exit status: 0 if .+; 1 if .+; 2 for a command line that makes no sense\.$", shown, re.M)
+    assert examples(*command)
 
 
-def test_serve_has_an_option_for_every_setting():
-    """The options of serve are derived from the settings table, with meaning and default."""
-    shown = " ".join(run_cli("serve", "--help", env=environment(COLUMNS="200")).stdout.split())
-    assert "--secret " not in shown  # every user of a machine sees its command lines
-    for setting in wsqueue.SETTINGS:
-        if setting.name == "secret":
-            continue
-        name = ("no-" if setting.default is True else "") + setting.name.replace("_", "-")
-        assert f"--{name}" in shown
-        assert setting.meaning.rstrip(".").split(";")[0] in shown
-        assert setting.variable in shown
+@EVERY_HELP
+@pytest.mark.parametrize("columns", [50, 80, 200])
+def test_help_fits_the_terminal(command, columns):
+    """No line is wider, and no option, nor a command to be copied, is broken in two."""
+    lines = help_of(*command, columns=columns).splitlines()
+    assert [line for line in lines if len(line) > columns] == []
+    assert [line for line in lines if re.search(r"(^|\s)--[\w-]*-$", line)] == []
+    wide = help_of(*command, columns=400).split()
+    assert re.sub(r"- ", "-", " ".join(wide)) == re.sub(r"- ", "-", " ".join(" ".join(lines).split()))
 
 
-def test_help_shows_values_of_the_environment_as_they_are():
-    """Also those with a percent sign, which means something to argparse."""
-    done = run_cli("serve", "--help", env=environment(WS_QUEUE_PATH="100%(name)s%", COLUMNS="200"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "100%(name)s%" in done.stdout
+@pytest.mark.parametrize("setting", [s for s in wsqueue.SETTINGS if s.name != "secret"], ids=lambda each: each.name)
+def test_serve_has_an_option_for_every_setting(setting):
+    """The options of serve are derived from the settings table, with meaning, variable and default."""
+    off = setting.default is True
+    usual = {(): "none", "": "none", True: "on"}.get(setting.default, setting.default)
+    usual = "ws_queue" if setting.name == "queue" else usual
+    variable = f"${setting.variable}, else " if setting.variable else ""
+    option = ("--no-" if off else "--") + setting.name.replace("_", "-")
+    entry = re.search(rf"^  {option}\b(?:.|\n   )*", help_of("serve"), re.MULTILINE)[0]
+    assert " ".join(setting.meaning.split()) in " ".join(entry.split())
+    assert f"(default: {variable}{usual})" in " ".join(entry.split())
+
+
+def test_a_secret_has_no_option():
+    """Every user of a machine sees its command lines; the variable is named instead."""
+    shown = help_of("serve")
+    assert "--secret " not in shown and "$WS_SECRET " in shown
+
+
+@pytest.mark.parametrize("heading, option", [
+    ("where it listens", "--port"), ("what is served", "--queue"), ("limits", "--max-clients"),
+    ("who may connect", "--allowed-origins"), ("history", "--history-seconds"), ("encryption", "--tls-key"),
+    ("monitoring", "--monitoring"),
+])
+def test_the_options_of_serve_are_grouped(heading, option):
+    """Who looks for an option finds it under a heading; beside no option but --help stands none."""
+    groups = re.split(r"^(\S[^:\n]*):$", help_of("serve"), flags=re.MULTILINE)
+    found = dict(zip(groups[1::2], groups[2::2]))
+    assert f"\n  {option} " in found[heading]
+    assert re.findall(r"^  (-\S+)", groups[2], re.MULTILINE) == ["-h,"]
+
+
+@pytest.mark.parametrize("command", ["serve", "send", "status", "ticket"])
+def test_help_does_not_show_what_the_environment_holds(command):
+    """The URL of a queue may hold a password, and help is pasted into questions; a % in it is no trouble, either."""
+    assert "hunter2" not in help_of(command, WS_QUEUE_PATH="redis://:hunter2%(name)s%@host", WS_HOST="hunter2",
+                                    WS_PORT="hunter2", WS_NODE="hunter2", WS_SECRET="hunter2", WS_SECRET_FILE="hunter2")
+
+
+def shell(command_line):
+    """Run wsqueue as a line of a shell, to its end."""
+    command = f"exec '{sys.executable}' '{WSQUEUE}' {command_line}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8",
+                          timeout=30 * TIME_UNIT, check=False)
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]], ids=" ".join)
+def test_the_examples_of_help_serve(command):
+    """A server, which says that it listens; but for the port, which may be somebody else's here."""
+    for line in (line for line in examples(*command) if line.startswith("serve")):
+        with start(*shlex.split(line.replace("8081", "0")), env=environment(WS_PORT="0")) as process:
+            assert announced_port(process)
+            assert end(process) == 0
+
+
+@EVERY_HELP
+def test_the_examples_of_help_work(command):
+    """Beside a server of ws_queue, each does what it says: status 0 and no complaint."""
+    Path("rows.json").write_text("[1, 2]", "utf-8")
+    Path("secret").write_text("0123456789abcdef" * 4 + "\n", "utf-8")
+    with spawn_server("--queue", "ws_queue") as running, Sending("ws_queue"):
+        for line in (line for line in examples(*command) if not line.startswith("serve")):
+            done = shell(line.replace("8081", str(running.port)))
+            assert (done.returncode, done.stderr) == (0, "")
+            assert bool(done.stdout) == (not line.startswith("send"))
 
 
 def test_version_is_the_modules():
@@ -127,7 +205,7 @@ def test_version_is_the_modules():
     (["launch"], "launch"),
     (["serve", "--colour", "red"], "--colour"),
     (["--colour", "red"], "--colour"),
-    (["send"], "event"),
+    (["send"], "EVENT"),
     (["send", "one", "2", "three"], "three"),
     (["listen"], "URL"),
     (["listen", "ws://127.0.0.1/", "--count", "many"], "many"),
@@ -489,6 +567,9 @@ def server():
 class Sending:
     """Sends "tick" again and again: a listener cannot be asked whether it is connected yet."""
 
+    def __init__(self, queue="q"):
+        self._queue = queue
+
     def __enter__(self):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -502,7 +583,7 @@ class Sending:
         number = 0
         while not self._stop.wait(0.02):
             number += 1
-            wsqueue.queue_event("q", "tick", number)
+            wsqueue.queue_event(self._queue, "tick", number)
 
 
 def test_listen_prints_one_message_a_line(server):
