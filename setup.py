@@ -46,15 +46,17 @@ class BuildWithTypes(build_py):
 
     def run(self) -> None:
         super().run()
-        if not getattr(self, "editable_mode", False):
-            self.mkpath(os.path.dirname(self.stub()))
-            self.copy_file("wsqueue.py", self.stub())
+        for stub in self.stubs():
+            self.mkpath(os.path.dirname(stub))
+            self.copy_file("wsqueue.py", stub)
 
-    def stub(self) -> str:
-        return os.path.join(self.build_lib, "wsqueue-stubs", "__init__.pyi")
+    def stubs(self) -> "list[str]":
+        """None for an editable installation: it would go stale."""
+        return [] if getattr(self, "editable_mode", False) else [
+            os.path.join(self.build_lib, "wsqueue-stubs", "__init__.pyi")]
 
     def get_outputs(self, include_bytecode: bool = True) -> "list[str]":
-        return [*super().get_outputs(include_bytecode), self.stub()]
+        return [*super().get_outputs(include_bytecode), *self.stubs()]
 
 
 class WholeSource(sdist):
