@@ -71,6 +71,7 @@ import struct
 import sys
 import threading
 import time
+import typing
 import weakref
 from collections import deque
 from queue import Empty, SimpleQueue
@@ -1191,6 +1192,7 @@ _CONTROL = 0x8  # the opcode bit of control frames
 _OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 _LENGTH_16, _LENGTH_64 = struct.Struct("!H"), struct.Struct("!Q")
 Message = Union[str, bytes]
+Function = typing.TypeVar("Function", bound=Callable[..., Any])  # what a decorator returns as it was
 
 
 def encode_frame(opcode: int, payload: bytes, *, fin: bool = True, rsv1: bool = False, mask: bytes = b"") -> bytes:
@@ -3243,7 +3245,7 @@ def _listen(host: str, port: int) -> Any:
     root, guard = logging.getLogger(), logging.NullHandler()
     root.addHandler(guard)  # the package calls logging.basicConfig(), which leaves a configured logger alone
     try:
-        from websocket_server import WebsocketServer  # type: ignore[import-untyped]
+        from websocket_server import WebsocketServer  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError:
         raise ServerError("a server needs the websocket-server package: pip install websocket-server") from None
     finally:
@@ -3353,6 +3355,10 @@ class WebSocketServer:
         """Serve the events of this queue directory."""
         return self._set(queue=queue)
 
+    @typing.overload
+    def on(self, path: str) -> Callable[[Function], Function]: ...
+    @typing.overload
+    def on(self, path: str, handler: Callable[[Connection], Any]) -> WebSocketServer: ...
     def on(self, path: str, handler: Callable[[Connection], Any] | None = None) -> Any:
         """Run handler(conn), in a thread of its own, when a client connects to the path; also as a decorator.
 
@@ -3360,11 +3366,15 @@ class WebSocketServer:
         """
         return self._route(self._handlers, path, handler)
 
+    @typing.overload
+    def on_message(self, path: str) -> Callable[[Function], Function]: ...
+    @typing.overload
+    def on_message(self, path: str, callback: Callable[[Connection, Message], Any]) -> WebSocketServer: ...
     def on_message(self, path: str, callback: Callable[[Connection, Message], Any] | None = None) -> Any:
         """Run callback(conn, message) for each message, in order for each client; also as a decorator."""
         return self._route(self._callbacks, path, callback)
 
-    def authenticate(self, check: Callable[[Request], Any]) -> Any:
+    def authenticate(self, check: Callable[[Request], Any]) -> WebSocketServer:
         """Let in whom check(request) knows; also as a decorator.
 
         It sees method, path, query, headers, cookies, address and the ticket's user, runs in a thread, and may take

@@ -38,7 +38,7 @@ class Example:
     def __init__(self, process, output):
         self.process = process
         self._output = output
-        self.url = eventually(self._announced, what="a line 'listening on URL'")
+        self.url = eventually(self._announced, 30.0, "a line 'listening on URL'")
 
     def printed(self, stream):
         return (self._output / stream).read_text("utf-8", "replace")

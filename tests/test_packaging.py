@@ -161,17 +161,28 @@ def test_an_editable_installation_has_no_copy(tmp_path):
 # ---- Types -------------------------------------------------------------------------------------------------
 
 RIGHT = """\
-from wsqueue import Connection, WebSocketServer, queue_event
+from typing import Union
+from wsqueue import Connection, Request, WebSocketServer, queue_event
 
 queued: bool = queue_event("ws_queue", "order_paid", {"id": 42}, to=["/orders"])
 server = WebSocketServer(port=8081, queue="ws_queue")
 
+@server.on("/chat")
 def chat(conn: Connection) -> None:
     conn.join("room:" + conn.query["room"])
     for message in conn:
         server.broadcast("said", {"text": message}, to=conn.path.upper(), exclude=conn)
 
-server.on("/chat", chat)
+server.on("/hall", chat).port(8082)
+
+@server.on_message("/chat")
+def said(conn: Connection, message: Union[str, bytes]) -> None:
+    conn.send(message)
+
+@server.authenticate
+def check(request: Request) -> bool:
+    return request.path == "/chat"
+
 print(server.get_connection_count() + len(server.registry.audience()))
 """
 # Each line is wrong by itself.
