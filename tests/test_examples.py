@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -55,27 +55,58 @@ class Example:
         return self.process.wait(10 * TIME_UNIT)
 
 
-def environment(queue, **more):
-    """The environment of an example: free ports, and the queue directory unless it is to find its own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WS_", "API_"))}
-    ours = {"WS_PORT": "0", "API_PORT": "0", **({"WS_QUEUE_PATH": str(queue)} if queue else {})}
-    return {**inherited, **ours, **more}
+# What a developer may have set for a program of his own.
+OURS = ("WS_", "API_", "APP_", "PUSH_", "JOB_", "PHP_", "SECRET_KEY", "DATABASE_PATH")
+
+
+def environment(**variables):
+    """The environment of an example: free ports, and nothing of a developer's own, but these variables."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    given = {name: str(value) for name, value in variables.items()}
+    return {**inherited, "WS_PORT": "0", "API_PORT": "0", "APP_PORT": "0", **given}
+
+
+@contextmanager
+def started(command, kind=Example, **variables):
+    """A program in a session of its own, with all that it starts; gone when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
+        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
+            # From another directory than the checkout: what an example needs, it must find by itself. What it keeps
+            # in temporary files goes with it, although it is killed.
+            process = subprocess.Popen(
+                list(map(str, command)), cwd=output, env=environment(**{"TMPDIR": output, **variables}),
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        try:
+            yield kind(process, Path(output))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the group is the session that it leads, and no other
+            process.wait()
+
+
+@contextmanager
+def pushing(name, **variables):
+    """An example that has a push server, inside or elsewhere; its `push_url` is what it says of that."""
+    with started([sys.executable, EXAMPLES / name], **variables) as example:
+        pushed = eventually(lambda: re.search(r"^push server: ([^\s;]+)", example.printed("stdout"), re.MULTILINE),
+                            what="a line 'push server: URL'")
+        example.push_url = pushed[1].rstrip("/")
+        yield example
+
+
+def complaint(name, **variables):
+    """What is said by an example that cannot start."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / name)], env=environment(**variables), check=False,
+                          capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    return done.stderr
 
 
 @contextmanager
 def run_example(name, queue, examples=EXAMPLES):
-    """Run an example; it is gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        settings = {"env": environment(queue), "stdin": subprocess.DEVNULL}
-        # From another directory than the checkout: what an example needs, it must find by itself.
-        command = [sys.executable, str(examples / name)]
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            process = subprocess.Popen(command, cwd=output, stdout=out, stderr=err, **settings)
-        try:
-            yield Example(process, Path(output))
-        finally:
-            process.kill()
-            process.wait()
+    """Run an example on the queue, or on the one that it finds by itself."""
+    with started([sys.executable, examples / name], **({"WS_QUEUE_PATH": queue} if queue else {})) as example:
+        yield example
 
 
 @contextmanager
@@ -431,12 +462,7 @@ def test_a_port_that_cannot_be_had_is_named(queue, name, variable, port):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1]) if port == "taken" else port
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / name)], env=environment(queue, **{variable: port}),
-            capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT
-        )
-    assert done.returncode == 1
-    assert port in done.stderr and "Traceback" not in done.stderr
+        assert port in complaint(name, WS_QUEUE_PATH=queue, **{variable: port})
 
 
 def test_started_with_no_settings_both_meet_beside_the_examples(tmp_path):

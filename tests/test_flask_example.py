@@ -5,11 +5,7 @@ import os
 import re
 import secrets
 import signal
-import subprocess
-import sys
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import flask
@@ -21,7 +17,7 @@ from selenium.webdriver.support.select import Select
 from browser import needs_chromium
 from clients import CLOSE, PATIENCE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, spawn_server
-from test_examples import EXAMPLES, HOSTILE, Example
+from test_examples import HOSTILE, complaint, pushing
 from test_server import free_port
 from wsqueue import sign_ticket
 
@@ -32,26 +28,8 @@ PASSWORD, SECRET, KEY = (secrets.token_hex(32) for _ in range(3))
 @contextmanager
 def run_example(queue, **variables):
     """Run the example; it is gone when the block ends."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WS_", "APP_", "PUSH_"))}
-    ours = {"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": str(queue), "APP_PASSWORD": PASSWORD, "SECRET_KEY": KEY}
-    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            # From another directory than the checkout: what an example needs, it must find by itself.
-            process = subprocess.Popen(
-                [sys.executable, str(EXAMPLES / NAME)], cwd=output, env={**inherited, **ours, **variables},
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        try:
-            example = Example(process, Path(output))
-            example.push_url = eventually(lambda: pushed_to(example), what="a line 'push server: URL'")
-            yield example
-        finally:
-            process.kill()
-            process.wait()
-
-
-def pushed_to(example):
-    match = re.search(r"^push server: (\S+)\n", example.printed("stdout"), re.MULTILINE)
-    return match and match[1].rstrip("/")
+    with pushing(NAME, **{"WS_QUEUE_PATH": queue, "APP_PASSWORD": PASSWORD, "SECRET_KEY": KEY, **variables}) as example:
+        yield example
 
 
 def said_by(example):
@@ -330,26 +308,18 @@ def password_of(example):
     return eventually(lambda: re.search(r"with the password (\S+);", example.printed("stdout")), what="a password")[1]
 
 
-def complaint(**variables):
-    """What is said by an example that cannot start."""
-    done = subprocess.run([sys.executable, str(EXAMPLES / NAME)], env={**os.environ, **variables}, check=False,
-                          capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize("variable", ["APP_PORT", "WS_PORT"])
 @pytest.mark.parametrize("port", ["eighty", "99999"])
 def test_a_port_that_cannot_be_had_is_named(tmp_path, variable, port):
     """The example ends with a sentence."""
-    said = complaint(**{"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": str(tmp_path / "q"), variable: port})
+    said = complaint(NAME, **{"WS_QUEUE_PATH": tmp_path / "q", variable: port})
     assert port in said and variable in said
 
 
 def test_a_queue_that_another_process_serves_is_named(example, tmp_path):
     """The example does not stand by for it without a word: its page would have no push server."""
     with spawn_server("--queue", tmp_path / "ws_queue") as server:
-        said = complaint(APP_PORT="0", WS_PORT="0", WS_QUEUE_PATH=str(tmp_path / "ws_queue"))
+        said = complaint(NAME, WS_QUEUE_PATH=tmp_path / "ws_queue")
         assert f"process {server.pid} serves the queue" in said and "WS_QUEUE_PATH" in said
 
 
@@ -367,4 +337,4 @@ def test_a_secret_may_have_a_space(tmp_path):
 
 def test_tickets_need_the_secret():
     """Without it, nobody could connect."""
-    assert "WS_SECRET" in complaint(PUSH_URL="ws://localhost:8081/", APP_PORT="0")
+    assert "WS_SECRET" in complaint(NAME, PUSH_URL="ws://localhost:8081/")

@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -23,7 +22,7 @@ from browser import needs_chromium
 from clients import CLOSE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, spawn_server
 from test_browser import save_picture
-from test_examples import EXAMPLES, HOSTILE, Example, call
+from test_examples import EXAMPLES, HOSTILE, call, complaint, pushing
 from test_flask_example import text_of
 from test_server import free_port
 from wsqueue import queue_event, sign_ticket
@@ -37,25 +36,18 @@ JSON = {"Content-Type": "application/json"}
 # ---- Running an example, and asking it -------------------------------------------------------------------------
 
 
+def settings(directory, **variables):
+    """Of an example that keeps all it has in the directory."""
+    return {"WS_QUEUE_PATH": f"{directory}/ws_queue", "DATABASE_PATH": f"{directory}/database", "SECRET_KEY": KEY,
+            "APP_PASSWORD": PASSWORD, "WS_SECRET": SECRET, **variables}
+
+
 @contextmanager
 def run_page(name, directory, **variables):
-    """Run an example that keeps all it has in the directory; it is gone when the block ends."""
-    ours = {"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": f"{directory}/ws_queue", "APP_PASSWORD": PASSWORD,
-            "DATABASE_PATH": f"{directory}/database", "SECRET_KEY": KEY, "WS_SECRET": SECRET}
-    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            # From another directory than the checkout: what an example needs, it must find by itself.
-            process = subprocess.Popen([sys.executable, str(EXAMPLES / name)], cwd=output, stdout=out, stderr=err,
-                                       env={**os.environ, **ours, **variables}, stdin=subprocess.DEVNULL)
-        try:
-            example = Example(process, Path(output))
-            pushed = eventually(lambda: re.search(r"^push server: ([^\s;]+)", example.printed("stdout"), re.MULTILINE),
-                                what="a line 'push server: URL'")
-            example.push_url, example.database = pushed[1].rstrip("/"), f"{directory}/database"
-            yield example
-        finally:
-            process.kill()
-            process.wait()
+    """Run an example; it is gone when the block ends."""
+    with pushing(name, **settings(directory, **variables)) as example:
+        example.database = f"{directory}/database"
+        yield example
 
 
 @contextmanager
@@ -1079,42 +1071,33 @@ def test_ctrl_c_ends_a_page_example_cleanly(tmp_path, name):
         assert example.printed("stdout").endswith("stopped\n") and "Traceback" not in example.printed("stderr")
 
 
-def complaint(name, tmp_path, **variables):
-    """What is said by an example that cannot start."""
-    ours = {"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": f"{tmp_path}/q", "DATABASE_PATH": f"{tmp_path}/database"}
-    done = subprocess.run([sys.executable, str(EXAMPLES / name)], env={**os.environ, **ours, **variables}, check=False,
-                          capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize("name", [CHAT, ORDERS, PROGRESS])
 @pytest.mark.parametrize("variable", ["APP_PORT", "WS_PORT"])
 @pytest.mark.parametrize("port", ["eighty", "99999"])
 def test_a_port_that_a_page_example_cannot_have_is_named(tmp_path, name, variable, port):
     """It ends with a sentence."""
-    said = complaint(name, tmp_path, **{variable: port})
+    said = complaint(name, **settings(tmp_path, **{variable: port}))
     assert port in said and variable in said
 
 
 @pytest.mark.parametrize("name", [CHAT, ORDERS, PROGRESS])
 def test_a_database_that_a_page_example_cannot_have_is_named(tmp_path, name):
     """A directory is none."""
-    assert "DATABASE_PATH" in complaint(name, tmp_path, DATABASE_PATH=str(tmp_path))
+    assert "DATABASE_PATH" in complaint(name, **settings(tmp_path, DATABASE_PATH=tmp_path))
 
 
 @pytest.mark.parametrize("name", [CHAT, PROGRESS])
 def test_a_page_example_does_not_stand_by_for_another(tmp_path, name):
     """Its page would not know where to connect to."""
-    with spawn_server("--queue", f"{tmp_path}/q") as server:
-        said = complaint(name, tmp_path)
+    with spawn_server("--queue", settings(tmp_path)["WS_QUEUE_PATH"]) as server:
+        said = complaint(name, **settings(tmp_path))
         assert f"process {server.pid} serves the queue" in said and "WS_QUEUE_PATH" in said
 
 
 @pytest.mark.parametrize("name", [CHAT, ORDERS])
 def test_a_push_server_elsewhere_needs_the_secret(tmp_path, name):
     """Without it, nobody could connect."""
-    assert "WS_SECRET" in complaint(name, tmp_path, PUSH_URL=NOWHERE)
+    assert "WS_SECRET" in complaint(name, **settings(tmp_path, PUSH_URL=NOWHERE, WS_SECRET=""))
 
 
 @pytest.mark.parametrize("name", [CHAT, ORDERS])

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from selenium.webdriver.common.by import By
 from browser import needs_chromium
 from clients import CLOSE, PATIENCE, Follower, RawClient, close_payload, exchange, handshake, serving
 from helpers import TIME_UNIT, consumers, eventually, spawn_server
-from test_examples import EXAMPLES, HOSTILE, Example, call
+from test_examples import EXAMPLES, HOSTILE, Example, call, complaint, started
 from test_php_producer import needs_php, receive
 from test_processes import connected
 from test_server import clients_arrived, free_port, is_free, port_of
@@ -33,39 +32,11 @@ from wsqueue import DirectoryQueue, serving_process
 
 GUNICORN, THREADS = "gunicorn_four_workers.py", "background_thread.py"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
-OURS = ("WS_", "APP_", "JOB_", "SECRET_KEY", "PHP_")  # what a developer may have set for a server of his own
 
 
 @pytest.fixture
 def queue(tmp_path):
     return tmp_path / "ws_queue"
-
-
-@contextmanager
-def started(kind, command, **variables):
-    """An example in a session of its own, with all that it starts; gone when the block ends."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        env = {**inherited, "HOME": output, "TMPDIR": output, **{name: str(value) for name, value in variables.items()}}
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            # From another directory than the checkout: what an example needs, it must find by itself.
-            process = subprocess.Popen(
-                list(map(str, command)), cwd=output, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True)
-        try:
-            yield kind(process, Path(output))
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the group is the session that it leads, and no other
-            process.wait()
-
-
-def complaint(name, **variables):
-    """What is said by an example that cannot start."""
-    done = subprocess.run([sys.executable, str(EXAMPLES / name)], env={**os.environ, **variables}, check=False,
-                          capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return done.stderr
 
 
 def files_of(directory):
@@ -155,7 +126,7 @@ def paused(pids):
 def gunicorn(queue, *options, port=None):
     command = [sys.executable, EXAMPLES / GUNICORN, *options]
     port = port or free_port()
-    with started(Gunicorn, command, APP_PORT=0, WS_PORT=port, WS_QUEUE_PATH=queue) as server:
+    with started(command, Gunicorn, WS_PORT=port, WS_QUEUE_PATH=queue) as server:
         server.port = port
         yield server
 
@@ -311,7 +282,7 @@ def test_a_push_port_that_is_taken_does_not_end_the_site(queue):
 ])
 def test_a_port_that_gunicorn_cannot_have_is_named(queue, variable, port):
     """It ends with a sentence. Nor can the workers each choose a port to push from."""
-    said = complaint(GUNICORN, **{"APP_PORT": "0", "WS_PORT": "1", "WS_QUEUE_PATH": str(queue), variable: port})
+    said = complaint(GUNICORN, **{"WS_PORT": 1, "WS_QUEUE_PATH": queue, variable: port})
     assert f"{variable} is {port}. " in said
 
 
@@ -374,7 +345,7 @@ class Php(Example):
 def php_page(queue, **variables):
     """With four processes, and with settings that would show every warning in the page."""
     command = ["php", *PHP_SETTINGS, "-S", f"127.0.0.1:{free_port()}", EXAMPLES / "publish.php"]
-    with started(Php, command, PHP_CLI_SERVER_WORKERS=4, WS_QUEUE_PATH=queue, **variables) as page:
+    with started(command, Php, PHP_CLI_SERVER_WORKERS=4, WS_QUEUE_PATH=queue, **variables) as page:
         yield page
 
 
@@ -744,7 +715,7 @@ class Threads(Example):
 @contextmanager
 def threads(queue, **variables):
     settings = {"APP_PORT": 0, "WS_PORT": 0, "SECRET_KEY": KEY, "JOB_STEP": FAST, **variables}
-    with started(Threads, [sys.executable, EXAMPLES / THREADS], WS_QUEUE_PATH=queue, **settings) as example:
+    with started([sys.executable, EXAMPLES / THREADS], Threads, WS_QUEUE_PATH=queue, **settings) as example:
         eventually(lambda: "push server: " in example.printed("stdout"))
         yield example
 
@@ -950,14 +921,14 @@ def test_without_grace_what_runs_is_cancelled_at_once(queue):
 ])
 def test_a_setting_of_the_threads_that_cannot_be_is_named(queue, variable, value):
     """It ends with a sentence."""
-    said = complaint(THREADS, **{"APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": str(queue), variable: value})
+    said = complaint(THREADS, **{"WS_QUEUE_PATH": queue, variable: value})
     assert said.startswith("cannot start: ") and value in said and variable.partition("_")[0] in said
 
 
 def test_the_threads_do_not_stand_by_for_another_server(queue):
     """Their page would not know where to connect to."""
     with spawn_server("--queue", queue) as server:
-        said = complaint(THREADS, APP_PORT="0", WS_PORT="0", WS_QUEUE_PATH=str(queue))
+        said = complaint(THREADS, WS_QUEUE_PATH=queue)
         assert f"process {server.pid} serves the queue" in said and "WS_QUEUE_PATH" in said
 
 

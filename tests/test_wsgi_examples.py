@@ -7,12 +7,8 @@ import secrets
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import jwt
@@ -22,8 +18,8 @@ from selenium.webdriver.common.by import By
 from browser import needs_chromium
 from clients import CLOSE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, put_in_the_way_of, spawn_server, spelled
-from test_examples import EXAMPLES, HOSTILE, Example, call, raw_exchange
-from test_flask_example import Visitor, pushed_to, said_by, text_of
+from test_examples import HOSTILE, call, complaint, pushing, raw_exchange
+from test_flask_example import Visitor, said_by, text_of
 from test_server import free_port
 from wsqueue import queue_event
 
@@ -32,31 +28,18 @@ PASSWORD, SECRET, KEY = (secrets.token_hex(32) for _ in range(3))
 USERS = ("ada", "grace", "linus")  # of sales, of sales and support, and of support
 
 
-def environment(queue, **variables):
-    """Free ports, and the queue; a warning is an error, as it is in these tests."""
-    ours = ("WS_", "APP_", "PUSH_", "SECRET_KEY")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**inherited, "APP_PORT": "0", "WS_PORT": "0", "WS_QUEUE_PATH": str(queue), "WS_SECRET": SECRET,
-            "APP_PASSWORD": PASSWORD, "PYTHONWARNINGS": "error", **variables}
+def settings(queue, **variables):
+    """Those of all examples here; a warning is an error, as it is in these tests."""
+    return {"WS_QUEUE_PATH": queue, "WS_SECRET": SECRET, "APP_PASSWORD": PASSWORD, "PYTHONWARNINGS": "error",
+            **variables}
 
 
 @contextmanager
 def run_example(name, queue, **variables):
     """Run an example; it is gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="wsqueue-example-") as output:
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            # From another directory than the checkout: what an example needs, it must find by itself. What it keeps
-            # in temporary files goes with it, although it is killed.
-            process = subprocess.Popen(
-                [sys.executable, str(EXAMPLES / name)], cwd=output, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                env=environment(queue, **{"TMPDIR": output, **variables}))
-        try:
-            example = Example(process, Path(output))
-            example.push_url, example.queue = eventually(lambda: pushed_to(example), what="a push server"), str(queue)
-            yield example
-        finally:
-            process.kill()
-            process.wait()
+    with pushing(name, **settings(queue, **variables)) as example:
+        example.queue = str(queue)
+        yield example
 
 
 def shown_on(driver, selector="li"):
@@ -505,12 +488,11 @@ def test_a_client_that_hangs_up_is_one_line_in_the_log(fixture, request):
     assert "Traceback" not in example.printed("stderr")
 
 
-def complaint(name, queue, **variables):
+def sentence(name, queue, **variables):
     """What is said by an example that cannot start: one sentence or two, on one line."""
-    done = subprocess.run([sys.executable, str(EXAMPLES / name)], env=environment(queue, **variables), check=False,
-                          capture_output=True, encoding="utf-8", timeout=30 * TIME_UNIT)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    return done.stderr
+    said = complaint(name, **settings(queue, **variables))
+    assert said.count("\n") == 1, said
+    return said
 
 
 @pytest.mark.parametrize("port", ["taken", "eighty", "99999"])
@@ -522,7 +504,7 @@ def test_an_example_names_the_port_that_cannot_be_had(tmp_path, name, variable, 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1]) if port == "taken" else port
-        said = complaint(name, tmp_path / "ws_queue", **{variable: port})
+        said = sentence(name, tmp_path / "ws_queue", **{variable: port})
     assert port in said and variable in said
 
 
@@ -531,7 +513,7 @@ def test_an_example_names_the_port_that_cannot_be_had(tmp_path, name, variable, 
 def test_an_example_names_the_directory_that_cannot_be_made(tmp_path, name, variable):
     """Not even by root: its parent is a file."""
     (tmp_path / "file").write_text("")
-    said = complaint(name, tmp_path / "ws_queue", **{variable: str(tmp_path / "file" / "directory")})
+    said = sentence(name, tmp_path / "ws_queue", **{variable: str(tmp_path / "file" / "directory")})
     assert str(tmp_path / "file") in said and variable in said
 
 
@@ -539,7 +521,7 @@ def test_an_example_names_the_directory_that_cannot_be_made(tmp_path, name, vari
 def test_an_example_does_not_stand_by_for_another(tmp_path, name):
     """Its page would not know where to connect to."""
     with run_example(name, tmp_path / "ws_queue"):
-        said = complaint(name, tmp_path / "ws_queue")
+        said = sentence(name, tmp_path / "ws_queue")
         assert "serves the queue" in said and "WS_QUEUE_PATH" in said
 
 
@@ -547,4 +529,4 @@ def test_an_example_does_not_stand_by_for_another(tmp_path, name):
                          ids=spelled)
 def test_django_needs_the_secret_of_the_push_server(tmp_path, variables):
     """Without it, nobody could connect."""
-    assert "WS_SECRET_FILE" in complaint(DJANGO, tmp_path / "ws_queue", **variables)
+    assert "WS_SECRET_FILE" in sentence(DJANGO, tmp_path / "ws_queue", **variables)
