@@ -167,7 +167,7 @@ SETTINGS = (
     Setting("allowed_origins", (), "origins", 0, "Pages that may connect besides those of the server's own host name,"
             " such as https://example.com; * allows all."),
     Setting("secret", (), "secret", 0, "What signs the tickets that clients then need; of several, any.", "WS_SECRET"),
-    Setting("secret_file", "", "file", 0, "A file with such secrets, one a line.", "WS_SECRET_FILE"),
+    Setting("secret_file", "", "file", 0, "A file with secrets that sign tickets, one a line.", "WS_SECRET_FILE"),
     Setting("history_events", 1000, "events", 0, "Kept for clients that come back, in history/; 0 keeps none."),
     Setting("history_bytes", 16 * MIB, "bytes", 0, "And no more than this much of them."),
     Setting("history_seconds", 86400.0, "seconds", 0, "And none that is older."),
