@@ -254,7 +254,7 @@ def checked_settings(given: Mapping[str, Any]) -> SimpleNamespace:
 
 def checked_secrets(value: Any, source: str = "a secret") -> tuple[str, ...]:
     """A secret, or several: in a list, or one a line. No error shows what was given."""
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [value]
+    texts = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(text, str) and text.strip() for text in texts) or value == []:
         raise SettingError(f"{source} must be a non-empty text; openssl rand -hex 32 makes a good one")
     return tuple(line.strip() for text in texts for line in text.split("\n") if line.strip())
@@ -3136,12 +3136,11 @@ def read_secrets(path: str) -> tuple[str, ...]:
     """A file's secrets, one a line. Raises SettingError, which does not show them."""
     try:
         with open(path, encoding="utf-8") as file:
-            return checked_secrets(file.read(), f"what is in secret_file {path!r}")
+            text = file.read()
     except (OSError, ValueError) as error:
-        if isinstance(error, SettingError):
-            raise
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise SettingError(f"setting secret_file {path!r} cannot be read: {reason}") from None
+    return checked_secrets(text, f"what is in secret_file {path!r}")
 
 
 def tls_context(certificate: str, key: str) -> Any:
@@ -3953,8 +3952,6 @@ class _Owed(NamedTuple):
 # waits until each of them is in the table in which the child finds it.
 
 _SERVERS: weakref.WeakSet[WebSocketServer] = weakref.WeakSet()
-
-
 _BEFORE_FORK: list[Callable[[], None]] = []  # what else is to be done, under the lock
 _SIGNAL_MASK: Any = None  # to be set again after a fork
 
@@ -5776,9 +5773,12 @@ def receive_messages(url: str, deadline: float | None) -> Iterator[Message]:
 
 
 def _remaining(deadline: float | None) -> float | None:
-    if deadline is not None and time.monotonic() >= deadline:
+    if deadline is None:
+        return None
+    seconds = deadline - time.monotonic()  # asked once: a socket refuses less than no time
+    if seconds <= 0:
         raise TimeoutError
-    return None if deadline is None else deadline - time.monotonic()
+    return seconds
 
 
 def _connect(url: str, deadline: float | None) -> tuple[socket.socket, Any]:

@@ -15,6 +15,7 @@ from base64 import b64encode
 from contextlib import contextmanager, suppress
 from hashlib import sha1
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from websockets.sync.client import connect
@@ -614,6 +615,15 @@ def test_listen_ends_at_its_timeout(server):
     """Nothing was expected, and nothing came: status 0."""
     done = run_cli("listen", server.url, "--timeout", "0.2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_deadline_may_pass_while_it_is_looked_at(monkeypatch):
+    """No socket takes the negative time that would be left: it is a timeout like any other."""
+    monkeypatch.setattr(wsqueue, "time", SimpleNamespace(monotonic=iter([9.9, 10.1, 10.2]).__next__))
+    with suppress(TimeoutError):
+        assert wsqueue._remaining(10.0) > 0
+    with pytest.raises(TimeoutError):
+        wsqueue._remaining(10.0)
 
 
 def test_listen_fails_if_the_count_is_not_reached(server):
