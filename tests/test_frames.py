@@ -14,7 +14,6 @@ from wsqueue import FrameParser, ProtocolError, apply_mask, decode_close, encode
 
 CONTINUATION = 0x0
 LIMIT = 1 << 17  # max_bytes of every parser here that does not say otherwise
-OPCODES = (TEXT, BINARY, PING, PONG)
 
 
 def run_parser(pieces, masked=True, max_bytes=LIMIT, deflate=False):
