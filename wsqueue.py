@@ -466,7 +466,7 @@ class EventQueue(Protocol):
     def wait(self, timeout: float) -> None: ...
     def wake(self) -> None: ...
     def backlog(self) -> Backlog: ...
-    def recall(self, count: int, size: int) -> tuple[str, list[Event]]: ...  # what was sent last, where it is shared
+    def recall(self, count: int, size: int) -> tuple[str, list[Event]]: ...  # what was sent last; only if it is shared
     def close(self) -> None: ...
 
 
@@ -703,7 +703,7 @@ class _Inotify:
         os.close(self.fd)
 
 
-class _Kqueue:
+class _Kqueue:  # pragma: no cover - not on Linux
     """kqueue(2) on BSD and macOS: the directory itself changes when an entry appears."""
 
     def __init__(self, directory: str) -> None:
@@ -894,9 +894,6 @@ class DirectoryQueue:
         self._taken.clear()
         self._pending.clear()
 
-    def recall(self, count: int, size: int) -> tuple[str, list[Event]]:
-        return "", []  # that is in history/
-
     def backlog(self) -> Backlog:
         """Of the directory as it is now; any process may ask."""
         try:
@@ -1080,10 +1077,9 @@ class DirectoryQueue:
         target = f"{failed}/{name}"
         try:
             os.makedirs(failed, mode=0o755, exist_ok=True)
-            for number in itertools.count(1):
-                if not os.path.lexists(target):
-                    break
-                target = f"{failed}/{name[:-5]}.{number}.json"
+            numbers = itertools.count(1)
+            while os.path.lexists(target):
+                target = f"{failed}/{name[:-5]}.{next(numbers)}.json"
             os.rename(f"{self.path}/{name}", target)
         except OSError as error:
             log.error("%r is not an event (%s), and cannot be moved to %s: %s", name, reason, failed, error.strerror)
@@ -1819,7 +1815,7 @@ class Connection:
     def expect_acknowledgements(self, seconds: float) -> None:
         """A client that only listens, and has vanished, shows itself by acknowledging nothing (tcp(7))."""
         option = getattr(socket, "TCP_USER_TIMEOUT", 0)
-        if option:
+        if option:  # pragma: no branch - Linux has it
             self._sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
 
     def release(self) -> None:
@@ -2599,7 +2595,7 @@ def _boot_id() -> str:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
-    except OSError:
+    except OSError:  # pragma: no cover - not on Linux
         return ""
 
 
@@ -3231,7 +3227,8 @@ class _Listener:
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an event must not wait for an ACK
-        if _NOTSENT_LOWAT:  # without it the kernel hides megabytes, and a client's progress for as long as they take
+        # Without it the kernel hides megabytes, and a client's progress for as long as they take.
+        if _NOTSENT_LOWAT:  # pragma: no branch - Linux has it
             request.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, UNSENT_BYTES)
         self.core._accept(request, client_address)
 
@@ -3985,7 +3982,7 @@ def _after_fork_in_child() -> None:
     _after_fork()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
@@ -4143,7 +4140,6 @@ class BrokerQueue:
     def forget(self) -> None:
         """As if never used; also in a forked child, where to close a link would end the parent's."""
         _ORPHANS.extend(link for link in (self._reader, self._writer) if link)
-        self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the next three
         self._writer = None
         self._refused, self._refused_at = "", 0.0
@@ -4410,8 +4406,6 @@ class BrokerQueue:
                 _drop(link)
 
     def close(self) -> None:
-        if self._pid != os.getpid():
-            self.forget()
         with self._link.guard:
             self._part()
         self._alone(PUT_SECONDS, self._end_writing)
@@ -4446,7 +4440,7 @@ def _forget_links() -> None:
         queue.forget()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
     _BEFORE_FORK.append(_close_before_fork)
     os.register_at_fork(after_in_parent=_NO_FORK.release, after_in_child=_forget_links)
 
@@ -4470,6 +4464,8 @@ class _SqlLink(Link):
     """What SQLite and PostgreSQL have in common, which is most."""
 
     words: ClassVar[dict[str, str]]  # of the dialect
+    _connect: Callable[[], None]  # sets _connection, and makes the tables
+    _connection: Any
     mark = "?"
 
     def __init__(self, location: Location, patience: float) -> None:
@@ -4477,10 +4473,7 @@ class _SqlLink(Link):
         self._held, self._held_at = 0, 0.0  # how often a row was not to be sent yet, and since when (monotonic)
         ends = ("", "_nodes", "_failed", "_place", "_notify")
         self._words = {**self.words, **{f"t{end}": f'"{location.name}{end}"' for end in ends}}
-        self._connection = self._connect()
-
-    def _connect(self) -> Any:
-        raise NotImplementedError
+        self._connect()
 
     def _run(self, statement: str, *values: Any) -> Any:
         return self._connection.execute(statement.format(**self._words).replace("?", self.mark), values)
@@ -4602,7 +4595,7 @@ class _SqliteLink(_SqlLink):
         path = unquote(location.url[len("sqlite:///"):]) if location.url[:10].lower() == "sqlite:///" else ""
         return path and os.path.join(location.memory.directory, path)
 
-    def _connect(self) -> Any:
+    def _connect(self) -> None:
         import sqlite3
 
         path = self._path(self.location)
@@ -4621,7 +4614,6 @@ class _SqliteLink(_SqlLink):
         except BaseException:
             connection.close()
             raise
-        return connection
 
     def _is_prepared(self) -> bool:
         """SQLite waits for a lock, but not for one that it needs to begin with the WAL."""
@@ -4695,7 +4687,7 @@ class _PostgresLink(_SqlLink):
         psycopg.conninfo.conninfo_to_dict(location.url)
         cls.errors = (OSError, psycopg.Error)
 
-    def _connect(self) -> Any:
+    def _connect(self) -> None:
         psycopg = _library("psycopg", "postgres")
         kind: Any = type("Patient", (psycopg.Connection,), {"wait": _wait_patiently, "link": self})
         try:
@@ -4718,7 +4710,6 @@ class _PostgresLink(_SqlLink):
         except BaseException:
             connection.close()
             raise
-        return connection
 
     def _hear(self, notification: Any) -> None:
         self._notified = True
