@@ -851,12 +851,13 @@ class DirectoryQueue:
     def wait(self, timeout: float) -> None:
         deadline = self._monotonic() + timeout
         while True:
-            fds = [fd for fd, _ in self._poll.poll(max(0.0, deadline - self._monotonic()) * 1000)]
+            left = deadline - self._monotonic()
+            fds = [fd for fd, _ in self._poll.poll(max(0.0, left) * 1000)]
             if self._waker.fileno() in fds:
                 self._waker.clear()
                 return
-            if not fds or (self._watcher and self._watcher.fd in fds and self._watcher.consume()):
-                return
+            if left <= 0 or not fds or (self._watcher and self._watcher.fd in fds and self._watcher.consume()):
+                return  # at the deadline in any case: a queue that was closed has descriptors that are ready for ever
 
     def take(self, max_bytes: int = TICK_BYTES) -> list[Event]:
         if not self._pending:
@@ -3872,9 +3873,10 @@ class WebSocketServer:
             queue.done(entry.events)  # the I/O thread flushes what waits
 
     def _expire_history(self) -> None:
-        if self._file:
+        file = self._file  # who stops the server takes it away, and does not wait for long
+        if file:
             with self._sending:
-                self._file.expire()
+                file.expire()
 
     def _fan_out(self, events: list[Event]) -> set[Connection]:
         """Send events, joined into one buffer for each client; returns those for whom something waits."""

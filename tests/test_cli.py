@@ -743,6 +743,11 @@ def ping(sock, _):
     sock.sendall(b"\x81\x04" + bytes(byte ^ mask for byte, mask in zip(pong[6:], pong[2:6])))
 
 
+def pong(sock, _):
+    """One that nobody has asked for, and a text message."""
+    sock.sendall(b"\x8a\x00\x81\x04Ada!")
+
+
 def reset(sock, _):
     """Close in such a way that the peer's next recv() fails."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -751,6 +756,13 @@ def reset(sock, _):
 def test_listen_answers_pings():
     """A pong with the ping's payload, masked as a client's frames must be; the ping is not printed."""
     with answering(accept, ping) as url:
+        done = run_cli("listen", url, "--count", "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Ada!\n", "")
+
+
+def test_listen_ignores_a_pong():
+    """A server may send one for itself (RFC 6455, section 5.5.3)."""
+    with answering(accept, pong) as url:
         done = run_cli("listen", url, "--count", "1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "Ada!\n", "")
 

@@ -256,6 +256,29 @@ def test_a_loop_over_a_connection_ends_with_it(leave):
     assert seen == ["a", "b", "c"]
 
 
+def test_recv_is_for_a_handler_while_it_runs():
+    """Where a callback has the messages, and afterwards, it says so instead of waiting for ever."""
+    with serving({"/": lambda conn: None}, callbacks={"/chat": lambda conn, message: None}) as server:
+        for target in ("/", "/chat"):
+            client, conn = enter(server, target)
+            with client:
+                eventually(lambda conn=conn: conn._inbox is None, what="the end of the handler")
+                with pytest.raises(RuntimeError, match="on_message"):
+                    conn.recv(0.0)
+
+
+def test_small_messages_to_a_client_that_stalls_arrive_whole(server):
+    """What the kernel does not take at all waits like what it takes in part."""
+    client, conn = enter(server, receive_buffer=4 * KIB)
+    with client:
+        texts = []
+        while not conn._pending:
+            texts.append(f"{len(texts):01000}")
+            assert conn.send(texts[-1])
+        assert [client.recv() for _ in texts] == texts
+    everybody_has_left(server)
+
+
 def test_a_handler_in_recv_ends_silently_when_its_client_leaves(caplog):
     """`while conn.is_connected(): conn.recv()` needs no try: ConnectionClosed ends it, and nothing is logged."""
     caplog.set_level(logging.WARNING)

@@ -145,6 +145,21 @@ def test_an_array_is_taken_whole_or_not_at_all():
         parse('[{"event":"a"},{"event":"b","timestamp":"yesterday"},{"event":"c"}]')
 
 
+def test_a_payload_that_changes_its_mind_is_refused():
+    """What could not be written at first makes no batch, whatever it says when it is asked which one it was."""
+    class Once:
+        asked = False
+
+        def isoformat(self):
+            first, self.asked = not self.asked, True
+            if first:
+                raise ValueError("not yet")
+            return "now"
+
+    with pytest.raises(EventError, match=r"batch.*not yet"):
+        encode_batch([("a", 1), ("b", Once())], None, 0.0, 1000)
+
+
 def test_an_empty_array_has_no_events():
     """It is JSON and complete, and says nothing to anyone."""
     assert parse("[]") == []

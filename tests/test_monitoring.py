@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -49,12 +50,12 @@ def directory(tmp_path):
     return tmp_path / "queue"
 
 
-def ask(server, path, method="GET"):
+def ask(server, path, method="GET", headers=None):
     """The answer to an HTTP request, read, and its body as text."""
     target = urlsplit(server.url)
     connection = http.client.HTTPConnection(target.hostname, target.port, timeout=PATIENCE)
     try:
-        connection.request(method, path)
+        connection.request(method, path, headers=headers or {})
         answer = connection.getresponse()
         return answer, answer.read().decode()
     finally:
@@ -97,6 +98,37 @@ def eventually_counts(server, expected):
         return {name: now.get(name) for name in expected} == expected
 
     eventually(found, what=str(expected))
+
+
+# ---- /send -------------------------------------------------------------------------------------------------
+
+
+def send_event(server):
+    """What the form of the monitor page sends; the page knows the token."""
+    token = re.search(re.escape(server._token), ask(server, "/")[1])[0]
+    return ask(server, "/send?event=e", "POST", {"X-Wsqueue-Token": token})
+
+
+def test_the_form_queues_an_event(directory):
+    """204, and whoever is connected gets it."""
+    with serving(queue=str(directory)) as server, RawClient(server.url) as client:
+        assert send_event(server)[0].status == 204
+        assert client.events(1)[0]["event"] == "e"
+
+
+def test_the_form_without_a_queue():
+    """409, and a sentence: there is nothing that could take the event."""
+    with serving() as server:
+        answer, sentence = send_event(server)
+        assert answer.status == 409 and "no queue" in sentence
+
+
+def test_the_form_of_a_queue_that_cannot_be_written(directory):
+    """503, and the reason; the event is not taken for queued."""
+    with serving(queue=str(directory)) as server:
+        put_in_the_way_of(directory)
+        answer, sentence = send_event(server)
+        assert answer.status == 503 and str(directory) in sentence
 
 
 # ---- /healthz ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 
+import wsqueue
 from clients import (
     CLOSE,
     PATIENCE,
@@ -157,6 +158,31 @@ def test_the_second_takes_over_on_the_same_port(directory, tmp_path, number):
             clients_arrived(server, 1)
             move_events(aside, directory)  # a server sends to who is connected
             assert client.payloads(3) == [1, 2, 3]
+
+
+def test_who_stands_by_cannot_be_started_again(directory):
+    """It says that it stands by already, and goes on with that."""
+    with spawn_server("--queue", directory) as first, second(directory) as server:
+        with pytest.raises(ServerError, match="stands by"):
+            server.start(background=True)
+        kill(first.process)
+        takes_over(server)
+
+
+def test_who_cannot_take_over_says_so_once_and_tries_on(directory, monkeypatch, caplog):
+    """Somebody else has taken the port: one line, however often it tries; and when that is free, it serves."""
+    attempts = []
+    monkeypatch.setattr(wsqueue, "STANDBY_SECONDS", 0.02)
+    monkeypatch.setattr(wsqueue, "_listen", lambda *at, real=wsqueue._listen: attempts.append(at) or real(*at))
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken, ExitStack() as stack:
+        port = taken.getsockname()[1]
+        with spawn_server("--queue", directory):
+            server = stack.enter_context(second(directory, port))
+        eventually(lambda: len(attempts) > 3, what="more attempts")
+        taken.close()
+        takes_over(server)
+    (error,) = errors_of(caplog)
+    assert f"port {port}" in error and "trying again" in error
 
 
 @pytest.mark.usefixtures("nothing_is_left")

@@ -1,6 +1,7 @@
 """Section 5: the queue directory, with real files and real processes. Clocks are injected: no test waits for time."""
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -1109,6 +1110,46 @@ def test_trouble_of_our_own_is_no_fault_of_the_file(folder, queue, clock, monkey
     assert folder.failed() == {}
 
 
+def test_a_file_that_goes_while_the_directory_is_read_is_none(folder, queue, monkeypatch):
+    """Its name alone says nothing of its time, and there is nothing else to ask any more."""
+    folder.drop("e", ago=1)
+    monkeypatch.setattr(os, "listdir", lambda path, real=os.listdir: ["gone.json", *real(path)])
+    assert serve(queue) == ["e"]
+
+
+def failing(number):
+    """In place of a function of os: it fails."""
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_disk_that_fails_to_read_once_loses_nothing(folder, queue, clock, monkeypatch):
+    """An error of the disk may pass: the event is read again, and keeps its place."""
+    folder.drop("first", ago=2)
+    folder.drop("second", ago=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", failing(errno.EIO))
+        assert serve(queue) == []
+    clock.tick()
+    assert serve(queue) == ["first", "second"]
+    assert folder.failed() == {}
+
+
+def test_somebody_else_may_remove_what_was_sent(folder, queue, monkeypatch, caplog):
+    """At the same moment, too: it is gone, which is all that was wanted."""
+    folder.drop("e", ago=1)
+
+    def second_to_come(path, *, real=os.unlink):
+        real(path)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "unlink", second_to_come)
+    assert serve(queue) == ["e"]
+    assert folder.ready() == [] and messages(caplog) == []
+
+
 # ---- Bounds ------------------------------------------------------------------------------------------------
 
 
@@ -1457,6 +1498,14 @@ def test_wake_ends_a_wait_from_another_thread(make_queue, wakeup):
         eventually(ended.is_set, what="the end of wait() that was ended before it began")
 
 
+def test_a_wait_ends_although_its_queue_was_closed(make_queue):
+    """A server that could not wait for the end of a thread, on a hanging disk, leaves nothing behind that spins."""
+    queue = make_queue(monotonic=time.monotonic)
+    queue.close()
+    with waiting(queue, 0.1) as ended:
+        eventually(ended.is_set, what="the end of wait()")
+
+
 def test_a_wake_is_used_up(make_queue):
     """Ten of them end one wait, and not the next."""
     queue = make_queue(wakeup=False, monotonic=time.monotonic)
@@ -1472,6 +1521,48 @@ def test_without_the_kernel_the_poll_alone_finds_events(folder, make_queue):
     assert queue_event(folder.path, "e")
     assert wait_duration(queue, 0.1) >= 0.09
     assert named(drain(queue, 1)) == ["e"]
+
+
+class Libc:
+    """One whose inotify answers that there are too many of them already, or is that of the system."""
+
+    def __init__(self, path, use_errno):
+        assert path is None and use_errno
+        ctypes.set_errno(errno.EMFILE)
+
+    def inotify_init1(self, flags):
+        return -1
+
+
+def no_ctypes(monkeypatch):
+    """Debian's python3-minimal and others come without it."""
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+
+
+def no_inotify(monkeypatch):
+    """Its number is limited for each user (fs.inotify.max_user_instances)."""
+    monkeypatch.setattr(ctypes, "CDLL", Libc)
+
+
+@pytest.mark.parametrize("trouble, words", [(no_ctypes, "ctypes"), (no_inotify, "Too many open files")])
+def test_where_the_kernel_cannot_wake_it_the_poll_finds_events(folder, make_queue, monkeypatch, caplog, trouble, words):
+    """One line says so, and no more is lost than time."""
+    caplog.set_level("INFO", "wsqueue")
+    with monkeypatch.context() as patch:
+        trouble(patch)
+        queue = make_queue(clock=time.time, monotonic=time.monotonic)
+    (said,) = messages(caplog, "INFO")
+    assert words in said and "poll" in said
+    assert queue_event(folder.path, "e")
+    assert named(drain(queue, 1)) == ["e"]
+
+
+def test_a_watch_that_cannot_be_had_leaves_no_descriptor(folder):
+    """Nothing is kept of what has failed half-way."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError):
+        wsqueue._Inotify(str(folder.path / "missing"))
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_file_that_the_kernel_did_not_announce_is_found(folder, live):

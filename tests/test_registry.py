@@ -263,6 +263,13 @@ def test_an_event_may_leave_one_client_out():
 # ---- The history -------------------------------------------------------------------------------------------
 
 
+def test_an_id_that_stands_twice_counts_where_it_stood_last():
+    """As in a file of the history that somebody has edited: who has seen it gets nothing twice."""
+    history = History(1, MIB, 60.0, clock=lambda: 0.0)
+    history.restore("epoch", 0, "", [(0.0, event(1)), (0.0, event(1))])
+    assert history.position(event(1).id) == history.end == 2
+
+
 class HistoryMachine(RuleBasedStateMachine):
     """Clients come, go, lag and come back, while events are sent: each has every event of its topics exactly once."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -43,6 +44,7 @@ from wsqueue import (
     ServerError,
     SettingError,
     WebSocketServer,
+    WorkerPool,
     queue_event,
     queue_events,
 )
@@ -730,6 +732,8 @@ REFUSED = {
     "short key": (handshake(Sec_WebSocket_Key="c2hvcnQ="), 400),
     "key that is not base64": (handshake(Sec_WebSocket_Key="!" * 22 + "=="), 400),
     "foreign origin": (handshake(Origin="http://evil.example"), 403),
+    "origin, and a Host that is none": (handshake(Origin="http://x", Host="[::1"), 403),
+    "an image's source": (handshake(Sec_Fetch_Mode="no-cors"), 403),
     "words": (b"hello there, server\r\n\r\n", 400),
     "binary": (bytes(range(1, 200)), 400),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
@@ -1048,6 +1052,54 @@ def test_callbacks_go_on_once_threads_can_be_started_again(monkeypatch):
         with RawClient(server.url) as client:
             client.send("lucky")
             assert client.recv() == "lucky"
+
+
+def test_a_client_without_a_thread_for_its_handler_is_told_so(monkeypatch, caplog):
+    """1011, and a line in the log; the next one is served."""
+    def scarce(thread, start=threading.Thread.start):
+        if thread.name == "wsqueue-handler":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving({"/": lambda conn: conn.send("welcome")}) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", scarce)
+            with RawClient(server.url) as client:
+                assert client.read_close() == (1011, "the server is overloaded")
+        with RawClient(server.url) as client:
+            assert client.recv() == "welcome"
+    assert [error for error in errors_of(caplog) if "no thread" not in error] == []
+
+
+def test_work_that_fails_ends_no_thread_of_a_pool(caplog):
+    """Not even what asks the interpreter to end: the next piece of work is done by the same thread."""
+    pool, done = WorkerPool("wsqueue-test"), threading.Event()
+    pool.submit(sys.exit, 1)
+    pool.submit(done.set)
+    eventually(done.is_set, what="the work behind it")
+    for thread in pool.stop():
+        thread.join()
+    (error,) = errors_of(caplog)
+    assert "failed" in error
+
+
+def test_a_pool_goes_on_with_the_threads_that_it_has(monkeypatch):
+    """Where the process may have no more, work waits for those."""
+    pool, done = WorkerPool("wsqueue-test"), threading.Event()
+    pool.submit(int)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no more")))
+        pool.submit(done.set)
+    eventually(done.is_set, what="the work")
+    (thread,) = pool.stop()
+    thread.join()
+
+
+def test_a_disk_that_hangs_does_not_keep_a_server_from_its_end(directory):
+    """Whoever writes to the history just then is waited for as long as clients are, and no longer."""
+    with serving(queue=directory, close_timeout=0.1) as server, ThreadPoolExecutor(1) as pool, server._sending:
+        pool.submit(server.stop).result(PATIENCE)
+        assert not server.is_running()
 
 
 FORKING_HANDLER = """
