@@ -26,7 +26,7 @@ from test_server import (
     move_events,
     ready_files,
 )
-from wsqueue import QueueError, WebSocketServer, queue_event, queue_events
+from wsqueue import History, HistoryFile, QueueError, WebSocketServer, queue_event, queue_events
 
 KIB, MIB = 1024, 1024 * 1024
 ID = re.compile(r"[A-Za-z0-9._~%:-]+")
@@ -188,6 +188,46 @@ def test_what_a_handler_sends_has_no_id(directory, stream):
             hello = client.hello()
             assert client.recv() == Received(None, "own", 1)
             assert client.last == hello
+
+
+def test_what_is_too_old_does_not_stay_on_disk(directory):
+    """history_seconds holds for the file, too, where nothing more is sent that would have it written anew."""
+    with serving(queue=directory, history_seconds=0.1):
+        assert queue_event(directory, "e", "of no use to anyone any more")
+        sent(directory)
+        log = Path(directory, "history", "events.log")
+        eventually(lambda: b"of no use" not in log.read_bytes(), what="a file without the event")
+
+
+def test_a_history_of_another_server_is_not_removed(tmp_path):
+    """Who finds out that the directory is no longer its own leaves alone what is there."""
+    kept = tmp_path / "events.log"
+    kept.write_bytes(b"of another server")
+    HistoryFile(str(tmp_path), History(0, 0, 0.0), 0, lambda: False).remove()
+    assert kept.read_bytes() == b"of another server"
+
+
+def test_an_accident_amid_sending_loses_nothing(directory, caplog, monkeypatch):
+    """The event is sent again, and who can resume, and may have a gap now, is cut off and comes back for it."""
+    with serving(queue=directory) as server, Follower(server.url) as first, RawClient(server.url) as plain:
+        last = first.hello()
+        first.join_audience()
+        accidents = []
+
+        def send(*args, real=server._senders.send):
+            if not accidents:
+                accidents.append(args)
+                raise ZeroDivisionError("a bug")
+            return real(*args)
+
+        monkeypatch.setattr(server._senders, "send", send)
+        put(directory, 1)
+        assert plain.payloads(1)[0][0] == 1
+        with pytest.raises((EOFError, ConnectionError)):
+            first.recv()
+        assert numbers_of(coming_back(server, directory, last)) == [1]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.exc_info and "a bug" in record.getMessage()
 
 
 def test_events_of_one_file_have_ids_of_their_own(directory):

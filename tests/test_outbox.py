@@ -17,14 +17,14 @@ from psycopg.rows import dict_row
 
 from clients import PATIENCE, Follower, serving
 from helpers import TIME_UNIT, eventually
-from test_queue_directory import assert_clear, messages, named, payloads, python, waiting
+from test_queue_directory import assert_clear, messages, named, payloads, python, run_python, waiting
 from test_queues import (
     _producers_give_back_their_connections,  # noqa: F401 - a fixture
     drain,
     take_all,
     up_to_mark,
 )
-from wsqueue import open_queue, queue_event, queue_events
+from wsqueue import QueueError, open_queue, queue_event, queue_events
 
 # ---- Databases of an application ---------------------------------------------------------------------------
 
@@ -355,6 +355,47 @@ def test_a_connection_that_is_set_up_in_its_own_way(database, queue, connection,
     assert queue_event(connection, "e", "ü \u20ac")
     connection.commit()
     assert arrived(queue, database) == ["ü \u20ac"]
+
+
+@pytest.mark.parametrize("name", ["", "a-b", 'a"; DROP TABLE orders; --', "x" * 41])
+def test_a_queue_of_no_proper_name(name):
+    """It would be a part of statements."""
+    with closing(sqlite3.connect(":memory:")) as connection, pytest.raises(QueueError, match="letters, digits"):
+        open_queue(connection, name=name)
+
+
+def test_a_connection_that_is_asyncio_is_refused():
+    """Its execute() would return something to be awaited, and nothing would be sent."""
+    class AsyncConnection:
+        cursor = None
+
+    with pytest.raises(QueueError, match="AsyncConnection is not a synchronous connection"):
+        open_queue(AsyncConnection())
+
+
+DJANGO = """
+import sys
+import django.conf
+import wsqueue
+django.conf.settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": sys.argv[1]}})
+django.setup()
+from django.db import connection, transaction
+try:
+    for number in (1, 2):
+        with transaction.atomic():
+            assert wsqueue.queue_event(connection, "e", number)
+            if number == 2:
+                raise ZeroDivisionError
+except ZeroDivisionError:
+    pass
+"""
+
+
+@sqlite_only
+def test_a_connection_of_django(database, queue):
+    """Its cursors take %s with SQLite, too; what transaction.atomic() takes back is not sent."""
+    run_python(DJANGO, database.path)
+    assert arrived(queue, database) == [1]
 
 
 @postgres_only

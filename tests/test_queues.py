@@ -5,6 +5,7 @@ the same behaviour. What one of them cannot do by its nature says only(...) abov
 """
 
 import gc
+import glob
 import itertools
 import json
 import logging
@@ -13,13 +14,14 @@ import random
 import re
 import socket
 import sqlite3
+import struct
 import threading
 import time
 import tracemalloc
 import uuid
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -1320,6 +1322,189 @@ def test_a_password_is_in_no_line_of_a_log(queue_url, caplog, at_broker):
             queue.close()
         for text in (caplog.text, str(caught.value), str(asked.value), repr(queue)):
             assert_secret(text, url)
+
+
+@pytest.mark.parametrize("url", [
+    "postgresql://user:hidden%41@127.0.0.1/db?nonsense=hidden%42", "redis://:hiddenA@127.0.0.1:hiddenB/0",
+    "amqp://user:hiddenA@127.0.0.1:hiddenB/%2f"])
+def test_a_url_that_its_library_does_not_understand(url):
+    """The reason of the library may quote the password; ours says what to look at."""
+    with pytest.raises(QueueError, match="not a URL that its library understands") as caught:
+        open_queue(url)
+    assert "hiddenA" not in str(caught.value) and "hidden%41" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("node", ["a b", "a/b", "x" * 101])
+def test_the_name_of_a_node_is_of_plain_letters(tmp_path, node):
+    """It becomes part of names at the broker."""
+    with pytest.raises(QueueError, match="letters, digits, dots and dashes"):
+        open_queue(f"sqlite:///{tmp_path}/queue.db", node=node)
+
+
+def test_a_process_keeps_some_queues_connected_and_not_any_number(tmp_path, monkeypatch):
+    """A program that makes up URLs does not run out of descriptors."""
+    monkeypatch.setattr(wsqueue, "MOST_PRODUCERS", 2)
+    for number in range(5):
+        assert queue_event(f"sqlite:///{tmp_path}/{number}.db", "e")
+        assert len(wsqueue._PRODUCERS) <= 2
+
+
+@only("sqlite")
+def test_a_bug_is_not_taken_for_trouble_with_the_broker(queue_url, queue, monkeypatch):
+    """It comes as it is, with its traceback; the next look is through a new connection."""
+    before = queue._reader
+
+    def read(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(before), "read", read)
+        with pytest.raises(ZeroDivisionError):
+            queue.take()
+    assert queue_event(queue_url, "e")
+    assert named(queue.take()) == ["e"]
+    assert queue._reader is not before
+
+
+@only("sqlite")
+def test_an_older_backup_that_does_not_know_the_node(queue_url, make_queue, tmp_path):
+    """All that is in it may be new to this server's clients: they are told to start anew, and then get all."""
+    other = make_queue("other")
+    assert queue_event(queue_url, "first")
+    other.done(take_all(other, 1))
+    assert other.take() == []  # which saves its place
+    path = without_parameters(queue_url)[len("sqlite:///"):]
+    with closing(sqlite3.connect(path)) as connection, closing(sqlite3.connect(str(tmp_path / "backup"))) as backup:
+        connection.backup(backup)
+    queue = make_queue("new")
+    assert queue_event(queue_url, "second")
+    queue.done(take_all(queue, 1))
+    other.close()
+    wsqueue.close_queues()
+    for name in glob.glob(f"{path}-*"):
+        os.unlink(name)
+    os.replace(str(tmp_path / "backup"), path)
+    assert "replaced" in trouble_of(queue)
+    events = []
+
+    def taken():
+        with suppress(QueueError):  # it looks again after a tenth of a second
+            events.extend(queue.take())
+        return events
+
+    eventually(taken, what="events")
+    assert named(events) == ["wsqueue.reset", "first"]
+
+
+def trouble_of(queue):
+    """What keeps it from being read; "" if nothing does."""
+    try:
+        queue.take()
+    except QueueError as error:
+        return str(error)
+    return ""
+
+
+@only("redis")
+def test_trouble_with_what_is_set_aside_is_said(queue_url, queue, store):
+    """Nothing is dropped that cannot be kept anywhere."""
+    with store.connect() as client:
+        client.set(f"{store.key}:failed", "no stream")
+        store.add(b"no event")
+        assert "WRONGTYPE" in trouble_of(queue)
+        client.delete(f"{store.key}:failed")
+    eventually(lambda: not trouble_of(queue), what="an attempt that succeeds")
+    assert up_to_mark(queue, queue_url) == []
+    assert [data for _, data in store.failed()] == [b"no event"]
+
+
+@only("redis")
+def test_what_somebody_has_made_of_the_nodes_is_passed_over(queue_url, queue, make_queue, store):
+    """Whoever may write there: no number of words, and no place."""
+    with store.connect() as client:
+        client.hset(f"{store.key}:nodes", mapping={"a": "", "b": "1 2", "c": "x 0 0", "d": f"{1 << 64}-0 0 0"})
+    assert [node for node, _ in queue.nodes()] == ["one"]
+    assert up_to_mark(queue, queue_url) == []
+
+
+@only("amqp")
+def test_an_exchange_of_another_kind(queue_url, store):
+    """Somebody else has the name: the broker's reason is told, and no connection is left."""
+    with store.channel() as channel:
+        channel.exchange_declare(store.name, "direct")
+    with pytest.raises(QueueError, match="PRECONDITION_FAILED"):
+        open_queue(queue_url).put([("e", 1)])
+
+
+@only("amqp")
+def test_two_servers_cannot_be_the_same_node(queue_url, queue, make_queue):
+    """The second one says what to do, and the first one goes on."""
+    second = make_queue()
+    with pytest.raises(QueueError, match="another server is the node one"):
+        second.take()
+    assert up_to_mark(queue, queue_url) == []
+
+
+@only("amqp")
+def test_a_queue_that_an_admin_deletes(queue_url, queue, store):
+    """The server says so, makes it anew, and goes on."""
+    with store.channel() as channel:
+        channel.queue_delete(f"{store.name}.one")
+    assert "ended the consumer" in eventually(lambda: trouble_of(queue), what="an error")
+    eventually(lambda: not trouble_of(queue), what="a new consumer")
+    assert up_to_mark(queue, queue_url) == []
+
+
+def test_what_may_come_again_is_known_for_some_time_only(tmp_path):
+    """A server that runs for a year does not remember a year's messages."""
+    queue = open_queue(f"sqlite:///{tmp_path}/queue.db")
+    for number in range(6 * wsqueue.ENTRIES):
+        queue._remember([wsqueue.Entry(number, str(number), 0.0, b"")])
+    assert len(queue._location.memory.sent) <= 4 * wsqueue.ENTRIES
+
+
+def test_a_frame_of_rabbitmq_that_is_broken_in_another_way_stays_an_error():
+    """Only properties that cannot be decoded are done without."""
+    class Impl:
+        _frame_buffer = struct.pack(">BHLLQB", pika.spec.FRAME_METHOD, 1, 12, 0, 0, 0)
+
+        def _read_frame(self):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        wsqueue._read_frame(pika, Impl())
+
+
+@only("postgresql")
+def test_a_role_that_may_not_make_the_tables(queue_url, postgres_broker):
+    """The database's reason is told, and no connection is left."""
+    role = f"guest_{uuid.uuid4().hex[:8]}"
+    with closing(psycopg.connect(postgres_broker.admin_url, autocommit=True)) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
+        parts = urlsplit(queue_url)
+        url = parts._replace(netloc=f"{role}:guest@{parts.hostname}:{parts.port}").geturl()
+        with pytest.raises(QueueError, match="permission denied"):
+            open_queue(url).put([("e", 1)])
+        here = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+        eventually(lambda: admin.execute(here, [role]).fetchone() == (0,), what="the end of its connections")
+        admin.execute(f"DROP ROLE {role}")
+
+
+@only("postgresql")
+def test_a_transaction_that_stays_open_is_named_in_time(queue_url, queue, store, monkeypatch):
+    """What is behind it waits, for it may still come before that; after ten seconds a server says where to look."""
+    now = 0.0
+    monkeypatch.setattr(wsqueue, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + now}))
+    with closing(store.connect()) as open_one:
+        open_one.execute(f"INSERT INTO {store.table} (data) VALUES ('{{\"event\": \"late\"}}')")
+        assert queue_event(queue_url, "e")
+        assert queue.take() == []
+        now = 11.0
+        with pytest.raises(QueueError, match="pg_prepared_xacts"):
+            queue.take()
+        open_one.commit()
+    assert named(take_all(queue, 2)) == ["late", "e"]
 
 
 # ---- Entries that are removed ------------------------------------------------------------------------------
