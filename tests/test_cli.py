@@ -743,9 +743,10 @@ def ping(sock, _):
     sock.sendall(b"\x81\x04" + bytes(byte ^ mask for byte, mask in zip(pong[6:], pong[2:6])))
 
 
-def pong(sock, _):
-    """One that nobody has asked for, and a text message."""
-    sock.sendall(b"\x8a\x00\x81\x04Ada!")
+def pong(sock, request):
+    """One that nobody has asked for, before a ping: what comes back must be an answer to that."""
+    sock.sendall(b"\x8a\x00")
+    ping(sock, request)
 
 
 def reset(sock, _):

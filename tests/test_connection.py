@@ -267,18 +267,6 @@ def test_recv_is_for_a_handler_while_it_runs():
                     conn.recv(0.0)
 
 
-def test_small_messages_to_a_client_that_stalls_arrive_whole(server):
-    """What the kernel does not take at all waits like what it takes in part."""
-    client, conn = enter(server, receive_buffer=4 * KIB)
-    with client:
-        texts = []
-        while not conn._pending:
-            texts.append(f"{len(texts):01000}")
-            assert conn.send(texts[-1])
-        assert [client.recv() for _ in texts] == texts
-    everybody_has_left(server)
-
-
 def test_a_handler_in_recv_ends_silently_when_its_client_leaves(caplog):
     """`while conn.is_connected(): conn.recv()` needs no try: ConnectionClosed ends it, and nothing is logged."""
     caplog.set_level(logging.WARNING)

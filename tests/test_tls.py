@@ -524,6 +524,18 @@ def test_a_slow_client_is_closed_and_the_others_get_everything(certificate, dire
     assert "outbox_bytes" in caplog.text
 
 
+def test_small_messages_to_a_client_that_stalls_arrive_whole(server):
+    """A record that the kernel does not take at once counts as not sent, and is gone on with all the same."""
+    with SecureClient(server.url, receive_buffer=4 * KIB) as client:
+        (conn,) = eventually(server.get_connections, what="the client")
+        sent = []
+        while not conn._pending:
+            sent.append(f"{len(sent):01000}")
+            assert conn.send(sent[-1])
+        assert [client.recv() for _ in sent] == sent
+    everybody_has_left(server)
+
+
 def test_a_client_that_reads_slowly_is_not_taken_for_one_that_stalls(certificate):
     """Its progress shows record by record, as that of a plain one does: send_timeout is for who takes nothing."""
     with serving(send_timeout=1.0, outbox_bytes=4 * KIB * KIB, deflate=False, **certificate) as server:
