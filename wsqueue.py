@@ -478,7 +478,7 @@ _IDENTITY = re.compile(r"[A-Za-z0-9._~%:-]{1,2000}")  # of an event, and of a pl
 
 
 class _Names:
-    """Names of the shape of PHP's microtime(true) . "_" . uniqid(), with pid and a counter added.
+    """Stems of names, in the shape of PHP's microtime(true) . "_" . uniqid(), with pid and a counter added.
 
     A stamp never repeats or goes back within a process, whatever its clock does and however many threads ask. The
     counter starts anywhere, so that two containers in which everybody is pid 1 do not meet.
@@ -500,7 +500,7 @@ class _Names:
             self._last = stamp = max(int(self._clock() * 1e6), self._last + 1)
         seconds, micros = divmod(stamp, 1_000_000)
         return (f"{seconds}.{micros // 100:04d}_{seconds:08x}{micros:05x}"
-                f"{self._pid:04x}{next(self._count) & 0xFFFF:04x}.json")
+                f"{self._pid:04x}{next(self._count) & 0xFFFF:04x}")
 
 
 _NAMES = _Names()
@@ -571,7 +571,7 @@ def _write(fd: int, data: bytes, durable: bool = False) -> None:
 
 def _publish(directory: str, data: bytes, durable: bool) -> None:
     """Whole or not at all: the temporary file is in the same directory, so the rename is atomic."""
-    name = _NAMES.next()
+    name = f"{_NAMES.next()}.json"
     temporary = f"{directory}/.{name}.tmp"
     fd = os.open(temporary, _CREATE, 0o666)  # the umask decides who may read it, as for every file of the producer
     try:
@@ -3827,7 +3827,7 @@ class WebSocketServer:
 
     def broadcast(self, event: str, payload: Any = None, to: Topics = None, exclude: Connection | None = None) -> None:
         """Send an event from inside the server's process, past the queue; not to `exclude`. Raises EventError."""
-        made = make_event(event, payload, to, time.time(), _NAMES.next()[:-len(".json")])
+        made = make_event(event, payload, to, time.time(), _NAMES.next())
         self._fan_out([made if exclude is None else made._replace(exclude=weakref.ref(exclude))])
 
     def _consume(self, queue: EventQueue) -> None:
@@ -5002,8 +5002,7 @@ class _AmqpLink(Link):
             self._confirms = True
         try:
             self._channel.basic_publish(self.location.name, "", data, self._pika.BasicProperties(
-                delivery_mode=2, content_type="application/json", message_id=_NAMES.next()[:-len(".json")]),
-                mandatory=True)
+                delivery_mode=2, content_type="application/json", message_id=_NAMES.next()), mandatory=True)
         except self._pika.exceptions.UnroutableError:
             raise QueueError("no server has ever served it, and RabbitMQ would drop the event: start one, and events"
                              " are kept from then on") from None
@@ -5052,7 +5051,7 @@ class _AmqpLink(Link):
 
     def _receive(self, _: Any, delivery: Any, properties: Any, body: bytes) -> None:
         given = properties.message_id if isinstance(properties.message_id, str) else ""  # else of no UTF-8
-        name = given if _IDENTITY.fullmatch(given) and len(given) <= 200 else _NAMES.next()[:-len(".json")]
+        name = given if _IDENTITY.fullmatch(given) and len(given) <= 200 else _NAMES.next()
         identity = f"{name}~{self.location.memory.run}"  # good for this run of this node
         if delivery.redelivered and (identity, hash(body)) in self.location.memory.sent:
             self._channel.basic_ack(delivery.delivery_tag)
