@@ -3,14 +3,13 @@
 
     python tests/measure_coverage.py [--fail-under 97] [PYTEST ARGUMENTS]
 
-Without arguments, the whole suite: it takes twice as long as without being measured. Counted is what runs in the test
-process, and in every Python process that a test starts: servers, producers, examples, workers, forked children. What
-ends by kill -9 takes what it knows with it; and what is started without site-packages (python -S), or with an
-environment of its own, is not seen.
+Without arguments, the whole suite. Counted is what runs in the test process, and in every Python process that a test
+starts: servers, producers, examples, workers, forked children. What ends by kill -9 takes what it knows with it; and
+what is started without site-packages (python -S), or with an environment of its own, is not seen.
 
 Ends with status 1 if less than --fail-under percent of lines and branches together were reached. A test that fails
-does not change that: tests/run is who judges them. What is left out, and why, stands beside `pragma: no cover` in
-wsqueue.py and in tests/coverage.ini.
+does not change that: tests/run is who judges them, and those that look at what a process has imported, or fill its
+disk, find the measurement there. What is left out, and why, stands beside each `pragma: no` in wsqueue.py.
 
 Needs Python 3.9, and the packages that the tests need.
 """
