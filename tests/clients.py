@@ -3,6 +3,7 @@
 Nothing here uses the module's own frames: a mistake that it made twice would cancel itself out.
 """
 
+import asyncio
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import websocket
-from websockets.sync.client import connect as websockets_connect
+from websockets.asyncio.client import connect as websockets_connect
 
 from helpers import TIME_UNIT, eventually
 from wsqueue import WebSocketServer
@@ -401,10 +402,28 @@ class Follower:
 
 
 @contextmanager
-def use_websockets(url):
-    """The `websockets` package."""
-    with websockets_connect(url, open_timeout=PATIENCE, close_timeout=PATIENCE) as client:
-        yield SimpleNamespace(send=client.send, recv=lambda: client.recv(timeout=PATIENCE))
+def use_websockets(url, **options):
+    """The `websockets` package: its asyncio client, one step at a time.
+
+    Its other client reads in one thread and writes in another, and OpenSSL forbids that for one connection:
+    of 5,000 TLS connections ten never got beyond the handshake.
+    """
+    with closing(asyncio.new_event_loop()) as loop:
+
+        def wait_for(step):
+            return loop.run_until_complete(asyncio.wait_for(step, PATIENCE))
+
+        try:
+            client = wait_for(websockets_connect(url, **options))
+            yield SimpleNamespace(
+                send=lambda message: wait_for(client.send(message)),
+                recv=lambda: wait_for(client.recv()),
+                response=client.response,
+            )
+            wait_for(client.close())
+            client.transport.abort()  # before Python 3.11 it warns of one that the server was the first to close
+        finally:
+            wait_for(asyncio.sleep(0))  # what is broken off is closed in the loop's next turn
 
 
 @contextmanager
