@@ -106,15 +106,16 @@ def test_a_second_sender_that_comes_late_is_not_waited_for(server, clients, monk
 def test_what_goes_wrong_in_the_second_sender_is_known_to_the_first(server, clients, monkeypatch):
     """Else events would be lost in silence."""
     send, both = wsqueue.send_to_all, threading.Barrier(2)
-    broken = []
+    met, broken = set(), []
 
     def send_or_fail(audience, data):
-        if threading.current_thread().name.startswith("wsqueue-sender") and not broken:
-            broken.extend(audience)
+        me = threading.current_thread()
+        if me not in met:  # each has a part in hand before either goes on, whichever comes first
+            met.add(me)
             both.wait(PATIENCE)
-            raise MemoryError("not enough")
-        if not broken:
-            both.wait(PATIENCE)
+            if me.name.startswith("wsqueue-sender"):
+                broken.extend(audience)
+                raise MemoryError("not enough")
         return send(audience, data)
 
     monkeypatch.setattr(wsqueue, "send_to_all", send_or_fail)
