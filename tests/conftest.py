@@ -23,6 +23,9 @@ sys.path.insert(0, str(ROOT))
 for name in [name for name in os.environ if name.startswith("WS_")]:
     del os.environ[name]
 
+# On Python 3.8 a library warns of that alone: no news (see pytest.ini), and not for the stderr that tests look at.
+os.environ["PYTHONWARNINGS"] = "ignore:Python {}.{} is no longer supported".format(*sys.version_info)
+
 # A hung test fails, and the next one runs. Said here and not in pytest.ini, where it could not be scaled;
 # a test that needs longer says @pytest.mark.timeout.
 os.environ.setdefault("PYTEST_TIMEOUT", str(60 * TIME_UNIT))

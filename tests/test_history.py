@@ -1025,10 +1025,12 @@ def test_a_history_of_another_user_has_no_hole(open_base):
 
 
 @pytest.fixture
-def open_base(tmp_path):
+def open_base(tmp_path, tmp_path_factory):
     """A directory that nobody, too, can reach and write."""
+    base = tmp_path_factory.getbasetemp()
+    made = base.parent if base.name.startswith("popen-") else base  # whose part a worker of pytest-xdist has
     for path in [tmp_path, *tmp_path.parents]:
-        if path.owner() == tmp_path.owner() and path.name.startswith(("pytest-", "popen-")):  # pytest's, pytest-xdist's
+        if made in (path, *path.parents) or path.name.startswith("pytest-of-"):
             path.chmod(path.stat().st_mode | 0o711)
     tmp_path.chmod(0o777)
     return tmp_path

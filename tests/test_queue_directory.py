@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pytest
+import websocket_server
 
 import wsqueue
 from helpers import ROOT, TIME_UNIT, consumers, eventually
@@ -26,7 +27,8 @@ from wsqueue import DirectoryQueue, EventError, QueueError, name_stamp, open_que
 TICK = 0.125  # poll_interval where clocks are injected; a sum of such ticks is exact in binary
 NOBODY = 65534
 IS_ROOT = os.getuid() == 0
-PRELOADED = (ctypes, fcntl)  # imported where they are needed, from where nobody may not be able to read them
+# Imported where they are needed, from where nobody may not be able to read them.
+PRELOADED = (ctypes, fcntl, websocket_server)
 
 
 # ---- Helpers -----------------------------------------------------------------------------------------------
