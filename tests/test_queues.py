@@ -872,7 +872,7 @@ def test_a_row_with_a_made_up_number_is_refused(store):
 
 wakes = only("directory", *SERVERS)  # SQLite tells nobody of anything: its servers look ten times a second
 
-PUT_ONE = """
+PUT_ONE = PATIENTLY + """
 import sys, wsqueue
 assert wsqueue.queue_event(sys.argv[1], "e", 1)
 """
@@ -1162,7 +1162,7 @@ def test_a_consumer_gives_everything_back(queue_url, queue, make_queue):
     eventually(lambda: threading.active_count() == threads, what="the end of its threads")
 
 
-FORK = """
+FORK = PATIENTLY + """
 import os, sys, wsqueue
 
 def produce(name, count=50):
@@ -1192,7 +1192,7 @@ def test_a_fork_and_its_parent_go_on(queue_url, queue):
     assert by_name(up_to_mark(queue, queue_url)) == expected
 
 
-FORK_AMID_THREADS = """
+FORK_AMID_THREADS = PATIENTLY + """
 import concurrent.futures.thread  # redis-py does; amid a fork, CPython would complain of a hook that ran half
 import os, signal, sys, threading, warnings, wsqueue
 warnings.simplefilter("ignore", DeprecationWarning)  # that such a fork may hang is what we want to know
