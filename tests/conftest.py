@@ -91,6 +91,27 @@ def queue_url(request, tmp_path):
     return request.getfixturevalue(broker).queue_url()
 
 
+# ---- Several workers ---------------------------------------------------------------------------------------
+
+# Whole files are given to pytest-xdist's workers one by one. Of these the longest come first: a long one that came
+# last would run alone.
+LONGEST = (
+    "test_queues", "test_broker_trouble", "test_bench", "test_nodes", "test_history", "test_cli", "test_processes",
+    "test_server", "test_reach", "test_autobahn", "test_soak", "test_tls", "test_readme", "test_hostile", "test_deploy",
+)
+
+
+def pytest_configure(config):
+    """Else those with the most tests would come first. (Before pytest-xdist 3.7, on Python 3.8, they do.)"""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 # ---- In CI nothing is skipped: a missing tool must not look like a passed test -----------------------------
 
 
