@@ -12,6 +12,7 @@ import pytest
 
 from bench import NCHAN, NGINX
 from brokers import REDIS
+from helpers import TIME_UNIT
 
 BENCH = Path(__file__).with_name("bench.py")
 NEEDED = (
@@ -31,7 +32,7 @@ def run_bench(script, command, *options):
         if command in commands and not program:
             pytest.skip(f"needs {package}")
     return subprocess.run([sys.executable, str(script), command, "--quick", *map(str, options)], capture_output=True,
-                          encoding="utf-8", timeout=120, check=False)
+                          encoding="utf-8", timeout=50 * TIME_UNIT, check=False)
 
 
 @pytest.mark.parametrize("command, messages", [
