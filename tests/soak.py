@@ -1422,6 +1422,12 @@ def queue_on(broker: str, base: Path) -> Iterator[str]:
             yield server.queue_url()
 
 
+def knows_its_place(url: str) -> bool:
+    """Whether a node has found its queue; who comes before that is told to start anew, if the queue is a new one."""
+    with Follower(url) as client:
+        return not client.hello().startswith("~")
+
+
 class Migration:
     """The figures of what follows one kill after the other."""
 
@@ -1463,6 +1469,7 @@ def nodes(options: argparse.Namespace, base: Path) -> list[str]:
         field = Nodes(base, queue, options.nodes, NODES_FLAGS)
         stack.callback(lambda: end_all([server.process for server in field.servers]))
         field.start(*range(options.nodes))
+        assert until(lambda: all(map(knows_its_place, field.urls)), 60 * TIME_UNIT), "no node found the queue"
         crowd = Nomads(field.urls, options.clients)
         stack.callback(crowd.stop)
         producers: list[Producer] = []
