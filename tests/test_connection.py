@@ -807,7 +807,7 @@ def test_a_process_that_stops_is_gone_and_counted_once(caplog):
     """Its machine still takes what is sent, and it answers no ping: after ping_timeout it is no client any more."""
     with serving(ping_interval=0.3, ping_timeout=1.5 * TIME_UNIT) as server:
         with listening_process(server.url) as dead, listening_process(server.url) as alive:
-            eventually(lambda: server.get_connection_count() == 2, 3 * PATIENCE, what="both clients")
+            eventually(lambda: server.get_connection_count() == 2, 30, what="both clients")
             dead.send_signal(signal.SIGSTOP)
             eventually(lambda: server.get_connection_count() == 1, what="the stopped client to be gone")
             server.broadcast("still", "here")

@@ -76,7 +76,7 @@ class Ear(threading.Thread):
             pass
 
     def waits_for(self, end):
-        eventually(lambda: end.encode() in self.text(partial=True), 2 * PATIENCE, what=f"the end, for {self.label}")
+        eventually(lambda: end.encode() in self.text(partial=True), 20, what=f"the end, for {self.label}")
 
     def leave(self):
         try:
