@@ -254,7 +254,7 @@ def test_a_server_at_its_limit_does_not_fill_the_log(directory):
         for _ in range(64 - SPARE_FILES - count(server.pid, "fd") - 2):
             stack.enter_context(RawClient(server.url))
         with in_threads(knock, server.url):
-            for _ in range(20):
+            for _ in range(10):
                 with connected(server.url):
                     pass
         assert server.stderr_text().count("cannot accept") == 1
