@@ -17,6 +17,15 @@ The data's way, which is also the order of this file:
                                                                               v
     browser <-- socket <-- Connection.send_frames() <-- ClientRegistry.audience(to)
 
+Where to look; each section has a banner with its number, and uses what stands above it:
+
+     2 SETTINGS, limits                        8 ClientRegistry (who gets what), History (who comes back)
+     3 WsqueueError and what it may be         9 sign_ticket, verify_ticket
+     4 Event, from and to JSON                10 WebSocketServer, IOThread (handshake, pings, slow clients), TLS
+     5 DirectoryQueue, queue_event            11 BrokerQueue: SQL, Redis, AMQP; OutboxQueue, of a transaction
+     6 FrameParser, compression               12 the monitor page, /healthz, /metrics; the JavaScript client
+     7 Connection (send, recv, close)         13 main: the commands
+
 The disk format, a contract with producers in every language:
 
     ws_queue/NAME.json      ready; NAME does not start with a dot. One JSON object, or an array of them (sent
