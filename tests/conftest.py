@@ -97,7 +97,8 @@ def queue_url(request, tmp_path):
 # last would run alone.
 LONGEST = (
     "test_queues", "test_broker_trouble", "test_bench", "test_nodes", "test_history", "test_cli", "test_processes",
-    "test_server", "test_reach", "test_autobahn", "test_soak", "test_tls", "test_readme", "test_hostile", "test_deploy",
+    "test_server", "test_reach", "test_autobahn", "test_soak", "test_brokers", "test_tls", "test_wsgi_examples",
+    "test_page_examples", "test_producer_examples", "test_readme", "test_hostile", "test_deploy",
 )
 
 
