@@ -1199,7 +1199,8 @@ class Nomad:
     def __init__(self, index: int, urls: Sequence[str]) -> None:
         """It prefers the first of the URLs, then the second, and so on."""
         self.name = f"{'event stream' if index % 4 == 3 else 'WebSocket'} {index}"
-        self.ledger, self.counts = Ledger(), Counter[str]()
+        self.ledger = Ledger()
+        self.counts: Counter[str] = Counter()
         self.url = ""  # of its node
         self._answered = self._greeted = False
         self._stream, self._last = index % 4 == 3, ""
