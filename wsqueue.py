@@ -4179,16 +4179,23 @@ class BrokerQueue:
 
     def _alone(self, seconds: float, act: Callable[[], Any]) -> bool:
         """Whether the lock was free in time, and act() was called under it."""
-        taken: list[bool] = []
-        try:  # taken and noted in one step: a signal handler that raises comes before it, or is seen to come after it
-            taken += map(self._lock.acquire, [True], [seconds])
-            if taken == [True]:
-                with self._link.guard:
-                    act()
-            return taken == [True]
-        finally:
-            if taken == [True]:
-                self._lock.release()
+        taken: list[bool | None] = []
+        try:
+            try:  # taken and noted in one step: a signal handler that raises comes before it, or is seen to come after
+                taken += map(self._lock.acquire, [True], [seconds])
+                if taken == [True]:
+                    with self._link.guard:
+                        act()
+                return taken == [True]
+            finally:
+                self._let_go(taken)
+        finally:  # before Python 3.10 a handler may run, and raise, before the first one has done anything
+            self._let_go(taken)
+
+    def _let_go(self, taken: list[bool | None]) -> None:
+        """Release the lock if it is ours, and note it, in one step."""
+        if taken == [True]:
+            taken += map(type(self._lock).release, [self._lock])
 
     def _append(self, data: bytes, durable: bool, deadline: float) -> None:
         if time.monotonic() < self._refused_at + FAST_FAIL_SECONDS and self._refused:

@@ -560,10 +560,12 @@ def test_the_script_does_without_nanoseconds(tmp_path, queue, shell):
     """A date that knows no %N, as on macOS: the files' own times are their order."""
     queue.mkdir()
     path = fake(tmp_path / "bin", "date", 'case $1 in *%N) echo 1763890123.N ;; *) echo 1763890123 ;; esac')
+    known = set()
     for number in range(3):
         assert publish(shell, queue, "e", str(number), path=path).returncode == 0
-        name = max(queue.iterdir(), key=lambda file: file.stat().st_ctime_ns)
-        os.utime(str(name), (9 - number, 9 - number))  # the other way round, and further apart than any clock's grain
+        [new] = set(queue.iterdir()) - known
+        os.utime(str(new), (9 - number, 9 - number))  # the other way round, and further apart than any clock's grain
+        known.add(new)
     assert not any(name[0].isdigit() for name in files_of(queue))
     with consumers(DirectoryQueue) as opened:
         server, sent = opened(str(queue)), []

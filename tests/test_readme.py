@@ -32,6 +32,7 @@ from websockets.sync.client import connect
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsqueue
 from brokers import PASSWORD
+from clients import use_websockets
 from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually, run_cli, spawn_server
 
 README = ROOT / "README.md"
@@ -215,7 +216,7 @@ def reserved_port():
 
 @contextmanager
 def client(port, path, process=None, **options):
-    """A client of a server that is about to listen; ssl= makes it one of wss://."""
+    """A client of a server that is about to listen."""
 
     def listens():
         assert process is None or process.poll() is None, Path("err").read_text("utf-8")
@@ -223,7 +224,7 @@ def client(port, path, process=None, **options):
             return sock.connect_ex(("127.0.0.1", int(port))) == 0
 
     eventually(listens, 30.0, f"a server at port {port}")
-    with connect(f"{'wss' if 'ssl' in options else 'ws'}://127.0.0.1:{port}{path}", **options) as connection:
+    with connect(f"ws://127.0.0.1:{port}{path}", **options) as connection:
         yield connection
 
 
@@ -483,12 +484,12 @@ def visit(path):
 @role
 def tls(block, request):
     """The commands make a certificate and serve with it; a client that trusts it gets events."""
-    with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
+    with reserved_port() as port, started(block, block.code.replace(PORT, port)):
         eventually(lambda: "listening on wss://" in Path("out").read_text("utf-8"), 30.0, "the server")
         trusting = ssl.create_default_context(cafile="cert.pem")
-        with client(port, "/", process, ssl=trusting) as connection:
+        with use_websockets(f"wss://127.0.0.1:{port}/", ssl=trusting) as connection:
             wsqueue.queue_event("ws_queue", "hello")
-            assert receive(connection) == ("hello", None)
+            assert json.loads(connection.recv())["event"] == "hello"
 
 
 @role
