@@ -76,6 +76,7 @@ from clients import (
     with_last_id,
 )
 from helpers import ROOT, TIME_UNIT, WSQUEUE, Server
+import wsqueue
 from wsqueue import queue_event, queue_events, sign_ticket
 
 KIB, MIB = 1024, 1024 * 1024
@@ -494,6 +495,7 @@ STYLES = {style.__name__: style for style in (Plain, Batches, Small, SmallBatche
 def produce(directory: str, producer: str, rate: str, style: str) -> None:
     """The producer's process: a steady flow, and bursts when told to; says at the end what it has done."""
     logging.getLogger("wsqueue").addHandler(logging.NullHandler())  # refusals are counted
+    wsqueue.PUT_SECONDS *= 10  # a broker may have what it did not confirm in time, and would be given it once more
     writer = STYLES[style]()
     queued = refused = due = 0
     while True:
