@@ -60,6 +60,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as websockets_connect
 
+import wsqueue
 from brokers import postgres_server, redis_server
 from clients import (
     CLOSE,
@@ -76,7 +77,6 @@ from clients import (
     with_last_id,
 )
 from helpers import ROOT, TIME_UNIT, WSQUEUE, Server
-import wsqueue
 from wsqueue import queue_event, queue_events, sign_ticket
 
 KIB, MIB = 1024, 1024 * 1024
