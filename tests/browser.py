@@ -1,7 +1,10 @@
 """Debian's Chromium without a window, driven by selenium; the fixture `chromium` is in conftest.py."""
 
+import os
+import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,21 @@ SWITCHES = (
     # Nothing but the page may use the network.
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )
+
+
+def emulate(driver, width, height, scheme="light"):
+    """A window of this size, on a phone if it is narrow, of a user who prefers this color scheme."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+def save_picture(driver, name, otherwise):
+    """What the browser shows now, in the directory that WSQUEUE_ARTEFACTS names, or in the other one."""
+    directory = Path(os.environ.get("WSQUEUE_ARTEFACTS") or otherwise)
+    directory.mkdir(parents=True, exist_ok=True)
+    driver.save_screenshot(str(directory / (re.sub(r"[^\w.-]+", "-", name) + ".png")))
 
 
 @contextmanager

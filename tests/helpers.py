@@ -108,7 +108,13 @@ class Server:
 @contextmanager
 def spawn_server(*args, **popen):
     """Run `python wsqueue.py serve --port 0 ARGS`, usually with "--queue", DIR; gone when the block ends."""
-    command = [sys.executable, WSQUEUE, "serve", "--port", "0", *map(str, args)]
+    with run_server([sys.executable, WSQUEUE, "serve", "--port", "0", *map(str, args)], **popen) as server:
+        yield server
+
+
+@contextmanager
+def run_server(command, **popen):
+    """Run a command that serves, and says so as `wsqueue serve` does; gone when the block ends."""
     with tempfile.TemporaryDirectory(prefix="wsqueue-test-") as output:
         # Files and not pipes: no thread has to empty them, and the server never waits for us.
         with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:

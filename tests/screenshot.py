@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from browser import run_chromium
+from browser import emulate, run_chromium
 from clients import RawClient
 from helpers import ROOT, eventually, spawn_server
 from wsqueue import queue_event
@@ -52,8 +52,7 @@ def main():
             stack.enter_context(RawClient(server.url, path))
         driver = stack.enter_context(run_chromium(f"{base}/profile"))
         driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
-        metrics = {"width": 1280, "height": 925, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        emulate(driver, 1280, 925)
         driver.get(server.url.replace("ws", "http", 1))
         eventually(lambda: driver.execute_script("return document.getElementById('clients').textContent") == "42",
                    what="the clients on the page")

@@ -1,8 +1,5 @@
 """The test page in a real browser: what a user sees who opens it, clicks, and waits for the event."""
 
-import os
-import re
-from pathlib import Path
 
 import pytest
 from selenium.common.exceptions import NoAlertPresentException
@@ -10,7 +7,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import wsqueue
-from browser import needs_chromium
+from browser import emulate, needs_chromium, save_picture
 from helpers import eventually
 from test_examples import EXAMPLES, HOSTILE, run_both
 
@@ -72,10 +69,7 @@ class Page:
         return self.text("#answer")
 
     def emulate(self, width, height, scheme="light"):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        emulate(self.driver, width, height, scheme)
 
 
 @pytest.fixture
@@ -94,12 +88,6 @@ def page(chromium, examples, request, tmp_path):
     page.wait_for_event("connected")
     yield page
     save_picture(chromium, request.node.name, tmp_path)
-
-
-def save_picture(driver, name, otherwise):
-    directory = Path(os.environ.get("WSQUEUE_ARTEFACTS") or otherwise)
-    directory.mkdir(parents=True, exist_ok=True)
-    driver.save_screenshot(str(directory / (re.sub(r"[^\w.-]+", "-", name) + ".png")))
 
 
 # ---- Events ------------------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ import websocket_server
 from brokers import HOST, free_port
 from browser import needs_chromium
 from clients import PATIENCE, PING, PONG, RawClient, Wire, handshake, request_head, serving
-from helpers import ROOT, TIME_UNIT, WSQUEUE, Server, eventually, run_cli, spawn_server
+from helpers import ROOT, TIME_UNIT, WSQUEUE, eventually, run_cli, run_server, spawn_server
 from test_readme import repack
-from test_two_nodes import NGINX, Follower, Refused, accepts, numbers_arrive, replace_once
+from test_two_nodes import NGINX, Follower, Refused, accepts, numbers_arrive, replace_once, streamed
 from wsqueue import SETTINGS, queue_event, sign_ticket
 
 DEPLOY = ROOT / "examples" / "deploy"
@@ -179,18 +179,7 @@ def websocket_messages(front, last, path="/ws/orders"):
 
 def stream_messages(front, last, path="/ws/orders"):
     """Likewise for server-sent events."""
-    with closing(SecureRequest(front)) as connection:
-        resumed = {"Last-Event-ID": last} if last else {}
-        connection.request("GET", path, headers={"Accept": "text/event-stream", **resumed})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise Refused(response.status)
-        fields = {}
-        for line in iter(response.readline, b""):
-            key, _, value = line.decode().rstrip("\n").partition(": ")
-            fields[key] = value
-            if key == "data":
-                yield {"id": fields["id"], **json.loads(value)}
+    yield from streamed(SecureRequest(front), path, last)
 
 
 KINDS = {"websocket": websocket_messages, "stream": stream_messages}
@@ -488,20 +477,9 @@ def unit_runs(directory, *names, wrapper=()):
         yield server
 
 
-@contextmanager
 def running(command, umask=0o022, **popen):
-    """A server that some command starts, as a helpers.Server."""
-    command = ["sh", "-c", f'umask {umask:o}; exec "$@"', "-", *command]
-    with tempfile.TemporaryDirectory(prefix="wsqueue-test-") as output:
-        with open(f"{output}/stdout", "wb") as out, open(f"{output}/stderr", "wb") as err:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **popen)
-        server = Server(process, Path(output))
-        try:
-            server.wait_until_it_listens()
-            yield server
-        finally:
-            if process.poll() is None:
-                server.end()
+    """A server that some command starts, with this umask."""
+    return run_server(["sh", "-c", f'umask {umask:o}; exec "$@"', "-", *command], **popen)
 
 
 def first_answer(server, ticket):
@@ -656,12 +634,10 @@ def make_queue(place, users, way):
     return queue
 
 
-@contextmanager
-def server_of(users, place, queue):
-    """The server, as its user."""
+def server_of(users, place, queue, umask=None):
+    """The server, as its user, with the unit's umask unless another one is given."""
     command = as_user(users.server, PYTHON, str(place / "wsqueue.py"), "serve", "--port", "0", "--queue", str(queue))
-    with running(command, umask=int(settings_of(UNIT)["UMask"][0], 8), cwd="/") as server:
-        yield server
+    return running(command, umask=int(settings_of(UNIT)["UMask"][0], 8) if umask is None else umask, cwd="/")
 
 
 PHP_CODE = """file_put_contents(getenv("WS_QUEUE_PATH") . "/" . microtime(true) . "_" . uniqid("", true) . ".json",
@@ -920,7 +896,6 @@ def test_build_gets_one_file_of_the_checkout():
 def test_status_does_not_deny_a_server_whose_lock_it_may_not_open(users, place):
     """A producer may list the directory and not read the lock (a server with umask 077): who serves is unknown then."""
     queue = make_queue(place, users, WITHOUT_ACL)
-    command = as_user(users.server, PYTHON, str(place / "wsqueue.py"), "serve", "--port", "0", "--queue", str(queue))
-    with running(command, umask=0o077, cwd="/"):
+    with server_of(users, place, queue, umask=0o077):
         status = try_as(users.producer, f"{PYTHON} {place}/wsqueue.py status --queue {queue}")
         assert status.returncode == 1 and "server   unknown: user id" in status.stdout

@@ -18,10 +18,9 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from browser import needs_chromium
+from browser import emulate, needs_chromium, save_picture
 from clients import CLOSE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, spawn_server
-from test_browser import save_picture
 from test_examples import EXAMPLES, HOSTILE, call, complaint, pushing
 from test_flask_example import text_of
 from test_server import free_port
@@ -150,12 +149,9 @@ def assert_it_fits(driver, name, tmp_path):
     """At no width anything sticks out, in light nor in dark; how it looks is kept as pictures."""
     try:
         for width in (360, 1000):
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-                "width": width, "height": 720, "deviceScaleFactor": 1, "mobile": width < 600})
             backgrounds = set()
             for scheme in ("light", "dark"):
-                driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {
-                    "features": [{"name": "prefers-color-scheme", "value": scheme}]})
+                emulate(driver, width, 720, scheme)
                 save_picture(driver, f"{name}-{width}-{scheme}", tmp_path)
                 backgrounds.add(driver.execute_script("""document.body.style.background = "Canvas";
                     return getComputedStyle(document.body).backgroundColor"""))

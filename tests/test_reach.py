@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from socketserver import ThreadingMixIn
 from urllib.parse import parse_qs
 from urllib.request import urlopen
@@ -22,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from selenium.webdriver.common.by import By
 
 import wsqueue
-from browser import needs_chromium
+from browser import emulate, needs_chromium, save_picture
 from clients import RawClient, exchange, handshake
 from helpers import TIME_UNIT, eventually, put_in_the_way_of, spawn_server
 
@@ -421,16 +420,11 @@ class Monitor(Tab):
 
     def emulate(self, width, height=900, scheme="light"):
         self.enter()
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        emulate(self.driver, width, height, scheme)
 
     def save_picture(self, name, otherwise):
-        directory = Path(os.environ.get("WSQUEUE_ARTEFACTS") or otherwise)
-        directory.mkdir(parents=True, exist_ok=True)
         self.enter()
-        self.driver.save_screenshot(str(directory / f"reach-{name}.png"))
+        save_picture(self.driver, f"reach-{name}", otherwise)
 
 
 @pytest.fixture

@@ -216,15 +216,16 @@ def reserved_port():
 
 @contextmanager
 def client(port, path, process=None, **options):
-    """A client of a server that is about to listen."""
+    """A client of a server that is about to listen. Nothing else knocks: some programs count who does."""
 
-    def listens():
+    def connected():
         assert process is None or process.poll() is None, Path("err").read_text("utf-8")
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", int(port))) == 0
+        try:
+            return connect(f"ws://127.0.0.1:{port}{path}", **options)
+        except ConnectionRefusedError:
+            return None
 
-    eventually(listens, 30.0, f"a server at port {port}")
-    with connect(f"ws://127.0.0.1:{port}{path}", **options) as connection:
+    with eventually(connected, 30.0, f"a server at port {port}") as connection:
         yield connection
 
 
@@ -719,26 +720,13 @@ def websocket_server(block, request):
     """Both programs have the same conversation with their clients."""
     assert [other.words for other in BLOCKS if other.role == block.role] == [["before"], ["after"]]
     with reserved_port() as port, started(block, block.code.replace(PORT, port)) as process:
-        with arriving(port, process) as one:
+        with client(port, "/", process) as one:
             assert heard_by(one, 2) == ["welcome", "somebody came"]
-            with arriving(port, process) as two:
+            with client(port, "/", process) as two:
                 assert heard_by(two, 2) == ["welcome", "somebody came"]
                 two.send("hello")
                 assert heard_by(two, 1) == ["hello"]
             assert heard_by(one, 3) == ["somebody came", "hello", "somebody left"]
-
-
-def arriving(port, process):
-    """A client, once there is a server. It alone knocks: the package tells of who left and never was a client, too."""
-
-    def connected():
-        assert process.poll() is None, Path("err").read_text("utf-8")
-        try:
-            return connect(f"ws://127.0.0.1:{port}/")
-        except ConnectionRefusedError:
-            return None
-
-    return eventually(connected, 30.0, f"a server at port {port}")
 
 
 def heard_by(connection, count):

@@ -112,9 +112,14 @@ def websocket_messages(port, last):
 
 def stream_messages(port, last):
     """Likewise for server-sent events."""
-    with closing(http.client.HTTPConnection(HOST, port, timeout=PATIENCE)) as connection:
+    yield from streamed(http.client.HTTPConnection(HOST, port, timeout=PATIENCE), "/", last)
+
+
+def streamed(connection, path, last):
+    """The messages of an event stream behind those up to `last`, over an HTTP connection that is closed at the end."""
+    with closing(connection):
         headers = {"Last-Event-ID": last} if last else {}
-        connection.request("GET", "/", headers={"Accept": "text/event-stream", **headers})
+        connection.request("GET", path, headers={"Accept": "text/event-stream", **headers})
         response = connection.getresponse()
         if response.status != 200:
             raise Refused(response.status)
