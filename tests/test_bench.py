@@ -31,8 +31,9 @@ def run_bench(script, command, *options):
     for package, program, commands in NEEDED:
         if command in commands and not program:
             pytest.skip(f"needs {package}")
+    # Its own deadlines are 60 s and less, and say what did not come.
     return subprocess.run([sys.executable, str(script), command, "--quick", *map(str, options)], capture_output=True,
-                          encoding="utf-8", timeout=50 * TIME_UNIT, check=False)
+                          encoding="utf-8", timeout=100 * TIME_UNIT, check=False)
 
 
 @pytest.mark.parametrize("command, messages", [
