@@ -4872,7 +4872,7 @@ class _RedisLink(Link):
     def cursor(self) -> Any:
         found, memory, (last, length, added) = self._notes(), self.location.memory, self._info()
         memory.is_new = bool(found) and self.location.node not in found
-        place, count, _ = found.get(self.location.node) or max(found.values(), default=((0, 0), 0, 0.0))
+        place, count, _ = found.get(self.location.node, max(found.values(), default=((0, 0), 0, 0.0)))
         memory.count = added - length if place == (0, 0) else count
         return min(place, last)  # the stream alone may have been deleted
 
