@@ -4063,20 +4063,22 @@ def _locate(url: str, node: str, most: int) -> Location:
     return Location(base + (f"?{rest}" if rest else ""), name, int(numbers[1]), float(numbers[2]), node, most, memory)
 
 
-def _library(module: str, extra: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = "psycopg[binary]" if module == "psycopg" else module
-        raise QueueError(f'a queue of this kind needs the package {package}: pip install "wsqueue[{extra}]", or'
-                         f' pip install "{package}"') from None
-
-
 def _reason(error: BaseException) -> str:
     """The first line; what follows it are hints for whoever typed the SQL."""
     return _without_password((str(error).strip() or repr(error)).splitlines()[0].rstrip("."))
+
+
+def _library(module: str, extra: str) -> Any:
+    import importlib
+
+    package = "psycopg[binary]" if module == "psycopg" else module
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise QueueError(f'a queue of this kind needs the package {package}: pip install "wsqueue[{extra}]", or'
+                         f' pip install "{package}"') from None
+    except Exception as error:  # with `python -W error`, a warning about the age of this Python
+        raise QueueError(f"the package {package} does not load: {_reason(error)}") from None
 
 
 def id_of(place: tuple[int, int]) -> str:
@@ -4834,8 +4836,7 @@ class _RedisLink(Link):
 
     @classmethod
     def load(cls, location: Location) -> None:
-        redis = _library("redis", "redis")
-        cls.errors = (OSError, redis.RedisError)
+        cls.errors = (OSError, _library("redis", "redis").RedisError)
         cls(location, PUT_SECONDS)._redis.connection_pool.make_connection()  # which does not connect yet
 
     def __init__(self, location: Location, patience: float) -> None:
@@ -4914,8 +4915,7 @@ class _RedisLink(Link):
         return (0, 0) if 0 < added == length else None
 
     def past(self, place: Any, count: int) -> list[Entry]:
-        found = self._redis.xrevrange(self._key, f"({id_of(place)}", count=count)
-        return [self._entry(*pair) for pair in found]
+        return [self._entry(*pair) for pair in self._redis.xrevrange(self._key, f"({id_of(place)}", count=count)]
 
     def save(self, place: Any) -> None:
         self._redis.hset(f"{self._key}:nodes", self.location.node,

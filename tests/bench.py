@@ -291,7 +291,8 @@ class WebsocketsThreads(Side):
     def __init__(self) -> None:
         from websockets.sync.server import serve
         self.clients: Any = []
-        self.server = serve(self._stay, "127.0.0.1", 0, compression=None, ping_interval=None)
+        keep_alive = {"ping_interval": None} if sys.version_info >= (3, 9) else {}  # 3.8 has a version without any
+        self.server = serve(self._stay, "127.0.0.1", 0, compression=None, **keep_alive)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}"
 

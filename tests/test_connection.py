@@ -785,7 +785,7 @@ def test_a_peer_that_talks_need_not_answer_pings():
 LISTENER = """
 import sys
 from websockets.sync.client import connect
-with connect(sys.argv[1], ping_interval=None, compression=None) as client:
+with connect(sys.argv[1], compression=None) as client:
     for message in client:
         print(message, flush=True)
 """

@@ -1291,6 +1291,24 @@ def test_a_missing_library_is_named_with_what_installs_it(command, library, extr
     assert "Traceback" not in errors and "hidden" not in errors
 
 
+UNUSABLE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import wsqueue
+sys.exit(wsqueue.main(["send", "e", "--queue", "redis://:hidden@127.0.0.1:1/0"]))
+"""
+
+
+def test_a_library_that_does_not_load_is_no_fault_of_the_url(tmp_path):
+    """As with `python -W error` and one that complains of an old Python; its own reason is told."""
+    (tmp_path / "redis.py").write_text("raise DeprecationWarning('support of this Python ends')", "utf-8")
+    with python(UNUSABLE, str(tmp_path)) as process:
+        output, errors = process.communicate(timeout=30 * TIME_UNIT)
+    assert (process.returncode, output) == (1, ""), errors
+    assert "package redis does not load: support of this Python ends" in errors
+    assert "Traceback" not in errors and "hidden" not in errors
+
+
 def test_importing_wsqueue_imports_none_of_the_libraries():
     """Who has a directory needs the standard library alone."""
     run_python("import sys, wsqueue; assert not {'redis', 'psycopg', 'pika', 'sqlite3'} & set(sys.modules)")

@@ -168,7 +168,9 @@ def script(path, text):
 
 def interpreter(block):
     """The command that runs a block's file."""
-    commands = {"python": [sys.executable, "-W", "error"], "php": [shutil.which("php")], "sh": ["bash", "-eu"],
+    # Python 3.8's libraries complain of its age.
+    python = [sys.executable, "-W", "error", "-W", "ignore:Python 3.8 is no longer supported"]
+    commands = {"python": python, "php": [shutil.which("php")], "sh": ["bash", "-eu"],
                 "sql": ["psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--file"]}
     command = commands[block.language]
     if command[0] is None:
