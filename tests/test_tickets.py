@@ -511,11 +511,16 @@ def in_both(ticket, path="/"):
 CARRIERS = [in_url, in_header, in_both]
 
 
-def entering(server, request):
-    """The arguments of enter() that make a request of ours, given as bytes: its target and its ticket's header."""
+def parts(request):
+    """Of a request of ours, given as bytes: its target, and the header of its ticket."""
     head, *lines = request.decode().split("\r\n")
     authorization = [line.partition(": ")[2] for line in lines if line.startswith("Authorization: ")]
-    return enter(server, head.split(" ")[1], **({"Authorization": authorization[0]} if authorization else {}))
+    return head.split(" ")[1], {"Authorization": authorization[0]} if authorization else {}
+
+
+def entering(server, request):
+    target, headers = parts(request)
+    return enter(server, target, **headers)
 
 
 @pytest.fixture(scope="module")
@@ -706,7 +711,8 @@ def test_no_log_record_and_no_answer_holds_a_secret_or_a_ticket(caplog):
         for ticket in tickets[1:2] + tickets[3:]:
             answers += [exchange(server.url, carry(ticket)).body for carry in CARRIERS]
         for path in ("/", "/fails"):
-            with entering(server, in_both(tickets[0], path))[0] as client:
+            target, headers = parts(in_both(tickets[0], path))
+            with RawClient(server.url, target, **headers) as client:
                 client.send_frame(0x3)  # an opcode that does not exist
                 client.read_close()
         everybody_has_left(server)
