@@ -1822,11 +1822,12 @@ class Kind(NamedTuple):
 
 @contextlib.contextmanager
 def kinds(run: Run) -> Iterator[List[Kind]]:
-    """All of them, with the brokers that they need."""
+    """All of them, with the brokers that they need, which put on the disk what they confirm."""
     from brokers import postgres_server, rabbitmq_server, redis_server
     with contextlib.ExitStack() as stack:
-        postgresql, redis, rabbitmq = [stack.enter_context(server(run.new_directory()))
-                                       for server in (postgres_server, redis_server, rabbitmq_server)]
+        postgresql = stack.enter_context(postgres_server(run.new_directory(), "-c", "fsync=on"))
+        redis = stack.enter_context(redis_server(run.new_directory(), "--appendfsync", "always"))
+        rabbitmq = stack.enter_context(rabbitmq_server(run.new_directory()))
         yield [
             Kind("directory", lambda: str(run.new_directory()), fill_directory, 0.7, 10_000),
             Kind("SQLite", lambda: f"sqlite:///{run.new_directory()}/db?queue=events", fill_sqlite, 110, 10_000),

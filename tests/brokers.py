@@ -190,7 +190,7 @@ def _running(broker):
 
 @contextmanager
 def redis_server(directory, *options):
-    """A Redis that has on its disk what it confirmed; options: more of its command line."""
+    """A Redis that has written what it confirmed; options: more of its command line."""
     directory, port = Path(directory), free_port()
     config = directory / "redis.conf"
     lines = [
@@ -200,7 +200,7 @@ def redis_server(directory, *options):
         f"requirepass {PASSWORD}",
         f"masterauth {PASSWORD}",
         "appendonly yes",
-        "appendfsync always",
+        "appendfsync no",  # what kills the broker leaves the system, which has it; and disks may stall for seconds
         'save ""',
         "repl-diskless-sync-delay 0",
     ]
@@ -220,12 +220,15 @@ def _redis_answers(url):
 
 
 @contextmanager
-def postgres_server(directory):
-    """A PostgreSQL with a database "events" that belongs to a user "events"; admin_url is the superuser's."""
+def postgres_server(directory, *options):
+    """A PostgreSQL with a database "events" that belongs to a user "events"; admin_url is the superuser's.
+
+    options: more of its command line.
+    """
     with _postgres_directory(Path(directory)) as (home, become):
         _make_cluster(home, become)
         port = free_port()
-        command = [*become, POSTGRES, "-D", f"{home}/data", "-p", str(port)]
+        command = [*become, POSTGRES, "-D", f"{home}/data", "-p", str(port), *options]
         urls = [f"postgresql://{user}:{PASSWORD}@{HOST}:{port}" for user in ("events", "postgres")]
         settings = {"log": home / "log", "stop_signal": signal.SIGINT, "env": CLEAN, "cwd": str(home)}
         broker = Broker([command], f"{urls[1]}/postgres", port, _postgres_answers, **settings)
@@ -268,6 +271,7 @@ def _make_cluster(home, become):
     settings = [
         f"listen_addresses = '{HOST}'",
         f"unix_socket_directories = '{home}'",
+        "fsync = off",  # see redis_server()
         "shared_buffers = 16MB",
         "dynamic_shared_memory_type = mmap",  # in its directory, and not where a killed one leaves it to the machine
     ]
