@@ -23,7 +23,7 @@ def spelled(value):
     return re.sub(r" at 0x[0-9a-f]+|[0-9a-fA-F]{63,64}|\b\d{10}(\.\d)?\b", "…", repr(value))
 
 
-def eventually(condition, timeout=10.0, what=""):
+def eventually(condition, timeout=30.0, what=""):
     """Wait until condition() is true and return its result; fail after timeout, saying what was awaited."""
     deadline = time.monotonic() + timeout * TIME_UNIT
     while True:
