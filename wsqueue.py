@@ -70,6 +70,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import select
@@ -479,6 +480,39 @@ class EventQueue(Protocol):
     def close(self) -> None: ...
 
 
+# What a producer takes and gives back. Its process may have a signal handler that raises, at whatever moment: when a
+# request has taken too long, for example.
+
+
+def _between(taking: Iterable[Any], give_back: Callable[[Any], Any], act: Callable[[Any], Any]) -> bool:
+    """act() on what `taking` yields, if anything; give it back, once. Whether there was anything.
+
+    Both are builtins: what they do is noted in the step that does it, and no handler runs between.
+    """
+    held: list[Any] = []
+    try:
+        try:
+            held += taking
+            for thing in held[:1]:
+                act(thing)
+            return bool(held)
+        finally:
+            _give_back(held, give_back)
+    finally:  # before Python 3.10 a handler may run, and raise, before the first one has done anything
+        _give_back(held, give_back)
+
+
+def _give_back(held: list[Any], how: Callable[[Any], Any]) -> None:
+    if len(held) == 1:
+        held += map(how, held[:])
+
+
+def _holding(lock: Any, act: Callable[[], Any], seconds: float = -1) -> bool:
+    """Whether the lock was free in time, and act() was called under it."""
+    taking = itertools.compress([lock], map(lock.acquire, [True], [seconds]))
+    return _between(taking, operator.methodcaller("release"), lambda _: act())
+
+
 # Names and stamps. A stamp is an integer: microseconds since the epoch.
 
 _UNIQID = re.compile(r"_([0-9a-f]{8})([0-9a-f]{5})")
@@ -505,11 +539,15 @@ class _Names:
         self._count = itertools.count(int.from_bytes(os.urandom(2), "big"))
 
     def next(self) -> str:
-        with self._lock:
-            self._last = stamp = max(int(self._clock() * 1e6), self._last + 1)
-        seconds, micros = divmod(stamp, 1_000_000)
+        stamps: list[int] = []
+        _holding(self._lock, lambda: stamps.append(self._step()))
+        seconds, micros = divmod(stamps[0], 1_000_000)
         return (f"{seconds}.{micros // 100:04d}_{seconds:08x}{micros:05x}"
                 f"{self._pid:04x}{next(self._count) & 0xFFFF:04x}")
+
+    def _step(self) -> int:
+        self._last = stamp = max(int(self._clock() * 1e6), self._last + 1)
+        return stamp
 
 
 _NAMES = _Names()
@@ -569,29 +607,29 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view):]
 
 
-def _write(fd: int, data: bytes, durable: bool = False) -> None:
-    try:
+def _write(path: str, flags: int, data: bytes, durable: bool = False) -> None:
+    def write(fd: int) -> None:
         _write_all(fd, data)
         if durable:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+
+    # The umask decides who may read it, as for every file of the producer.
+    _between(map(os.open, [path], [flags], [0o666]), os.close, write)
 
 
 def _publish(directory: str, data: bytes, durable: bool) -> None:
     """Whole or not at all: the temporary file is in the same directory, so the rename is atomic."""
     name = f"{_NAMES.next()}.json"
     temporary = f"{directory}/.{name}.tmp"
-    fd = os.open(temporary, _CREATE, 0o666)  # the umask decides who may read it, as for every file of the producer
     try:
-        _write(fd, data, durable)
+        _write(temporary, _CREATE, data, durable)
         os.rename(temporary, f"{directory}/{name}")
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     if durable:  # without it a power cut may forget the rename (fsync(2))
-        _write(os.open(directory, os.O_RDONLY), b"", durable)
+        _write(directory, os.O_RDONLY, b"", durable)
 
 
 # One consumer.
@@ -1097,7 +1135,7 @@ class DirectoryQueue:
             return
         log.error("%r is not an event: %s. It is now %r; mend it and move it back", name, reason, target)
         with contextlib.suppress(OSError):  # a full disk, a name of 255 bytes: the log has the reason
-            _write(os.open(f"{target}.reason", _CREATE, 0o666), f"{reason}\n".encode("utf-8", "replace"))
+            _write(f"{target}.reason", _CREATE, f"{reason}\n".encode("utf-8", "replace"))
         self._trim_failed()
 
     def _trim_failed(self) -> None:
@@ -2552,7 +2590,7 @@ class HistoryFile:
         self._fd, self._status, self._size, self._limit = fd, os.fstat(fd), len(data), 2 * len(data) + MIB
         self._anew_at = time.monotonic() + min(SWEEP_SECONDS, max(1.0, self._history.most_seconds))
         if durable:
-            _write(os.open(self._directory, os.O_RDONLY), b"", durable)
+            _write(self._directory, os.O_RDONLY, b"", durable)
 
     def _check_directory(self) -> None:
         """Whoever may write to the queue must not send the history elsewhere."""
@@ -4135,9 +4173,7 @@ class BrokerQueue:
         self._location = _locate(url, node, max_event_bytes)
         self.max_event_bytes, self._wakeup, self._max_age = max_event_bytes, wakeup, max_age
         try:
-            with _NO_FORK:  # a child of another thread would wait for the import for ever
-                _library("encodings.idna", "")  # which the first connection needs
-                self._link.load(self._location)
+            _holding(_NO_FORK, self._load)  # a child of another thread would wait for the import for ever
         except QueueError:
             raise
         except Exception:  # what the library says may quote a part of the password
@@ -4147,8 +4183,11 @@ class BrokerQueue:
         self._reader: Any = None
         self._writer: Any = None
         self.forget()
-        with _NO_FORK:  # which looks at them all
-            _BROKER_QUEUES.add(self)
+        _holding(_NO_FORK, lambda: _BROKER_QUEUES.add(self))  # a fork looks at them all
+
+    def _load(self) -> None:
+        _library("encodings.idna", "")  # which the first connection needs
+        self._link.load(self._location)
 
     def forget(self) -> None:
         """As if never used; also in a forked child, where to close a link would end the parent's."""
@@ -4181,23 +4220,8 @@ class BrokerQueue:
 
     def _alone(self, seconds: float, act: Callable[[], Any]) -> bool:
         """Whether the lock was free in time, and act() was called under it."""
-        taken: list[bool | None] = []
-        try:
-            try:  # taken and noted in one step: a signal handler that raises comes before it, or is seen to come after
-                taken += map(self._lock.acquire, [True], [seconds])
-                if taken == [True]:
-                    with self._link.guard:
-                        act()
-                return taken == [True]
-            finally:
-                self._let_go(taken)
-        finally:  # before Python 3.10 a handler may run, and raise, before the first one has done anything
-            self._let_go(taken)
-
-    def _let_go(self, taken: list[bool | None]) -> None:
-        """Release the lock if it is ours, and note it, in one step."""
-        if taken == [True]:
-            taken += map(type(self._lock).release, [self._lock])
+        guarded = functools.partial(_holding, _NO_FORK, act) if self._link.guard is _NO_FORK else act
+        return _holding(self._lock, guarded, seconds)
 
     def _append(self, data: bytes, durable: bool, deadline: float) -> None:
         if time.monotonic() < self._refused_at + FAST_FAIL_SECONDS and self._refused:
@@ -4208,8 +4232,7 @@ class BrokerQueue:
                 self._writer.limit(left)
             if self._writer is None or not self._writer.is_alive():
                 self._end_writing()
-                with _NO_FORK:  # libpq has a lock while it connects, and a child would wait for it for ever
-                    self._writer = self._link(self._location, left)
+                _holding(_NO_FORK, lambda: self._connect(left))  # libpq has a lock meanwhile; a child would wait
             self._writer.append(data, durable)
             self._refused = ""
         except BaseException as error:  # also Ctrl-C: an answer may be on its way
@@ -4219,6 +4242,9 @@ class BrokerQueue:
             self._refused = f"cannot write to queue {self.path}: {_reason(error)}"
             self._refused_at = time.monotonic()
             raise QueueError(self._refused) from error
+
+    def _connect(self, seconds: float) -> None:
+        self._writer = self._link(self._location, seconds)
 
     # The consumer.
 
