@@ -94,7 +94,7 @@ setup(
             *(library for libraries in BROKERS.values() for library in libraries),
             "pytest>=8",
             "pytest-timeout",  # a hung test fails, and does not hang the run
-            "pytest-xdist",  # two files of tests at a time
+            "pytest-xdist",  # some files of tests at a time
             "coverage>=7.10.4; python_version >= '3.9'",  # what tests/measure_coverage.py runs the suite under
             "hypothesis",
             "websockets",  # two clients that know nothing of us, nor of each other
