@@ -487,13 +487,13 @@ class EventQueue(Protocol):
 def _between(taking: Iterable[Any], give_back: Callable[[Any], Any], act: Callable[[Any], Any]) -> bool:
     """act() on what `taking` yields, if anything; give it back, once. Whether there was anything.
 
-    Both are builtins: what they do is noted in the step that does it, and no handler runs between.
+    Both are builtins: what they do is noted in the same step of the interpreter, and no handler runs between.
     """
     held: list[Any] = []
     try:
         try:
             held += taking
-            for thing in held[:1]:
+            for thing in held:
                 act(thing)
             return bool(held)
         finally:
@@ -503,14 +503,16 @@ def _between(taking: Iterable[Any], give_back: Callable[[Any], Any], act: Callab
 
 
 def _give_back(held: list[Any], how: Callable[[Any], Any]) -> None:
-    if len(held) == 1:
-        held += map(how, held[:])
+    if held:
+        deque(map(how, map(held.pop, [-1])), 0)  # one step; and not again where it fails, as close(2) may
+
+
+_RELEASE = operator.methodcaller("release")
 
 
 def _holding(lock: Any, act: Callable[[], Any], seconds: float = -1) -> bool:
     """Whether the lock was free in time, and act() was called under it."""
-    taking = itertools.compress([lock], map(lock.acquire, [True], [seconds]))
-    return _between(taking, operator.methodcaller("release"), lambda _: act())
+    return _between(itertools.compress([lock], map(lock.acquire, [True], [seconds])), _RELEASE, lambda _: act())
 
 
 # Names and stamps. A stamp is an integer: microseconds since the epoch.

@@ -1559,6 +1559,23 @@ def test_where_the_kernel_cannot_wake_it_the_poll_finds_events(folder, make_queu
     assert named(drain(queue, 1)) == ["e"]
 
 
+def test_a_disk_that_is_full_at_close_is_named(folder, monkeypatch, caplog):
+    """NFS and quotas tell so late (close(2)). The descriptor is closed once: its number is soon another thread's."""
+    closed, close = [], os.close
+
+    def fail(fd):
+        close(fd)
+        closed.append(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "close", fail)
+    assert queue_event(folder.path, "e") is False
+    monkeypatch.undo()
+    assert len(closed) == 1
+    assert "No space left on device" in caplog.text
+    assert os.listdir(folder.path) == []
+
+
 def test_a_watch_that_cannot_be_had_leaves_no_descriptor(folder):
     """Nothing is kept of what has failed half-way."""
     before = os.listdir("/proc/self/fd")
