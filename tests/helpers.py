@@ -35,6 +35,18 @@ def eventually(condition, timeout=30.0, what=""):
         time.sleep(0.005)
 
 
+def settled(count):
+    """What count() returns once it does not change any more: that somebody has gone is often noticed later."""
+    seen = []
+
+    def same():
+        seen.append(count())
+        return len(seen) > 20 and len(set(seen[-20:])) == 1
+
+    eventually(same, what="a count that does not change")
+    return seen[-1]
+
+
 @contextmanager
 def consumers(make):
     """What make(...) returns is opened, and closed when the block ends."""

@@ -1,6 +1,5 @@
 """The test page in a real browser: what a user sees who opens it, clicks, and waits for the event."""
 
-
 import pytest
 from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.common.by import By

@@ -354,7 +354,7 @@ def body_lines(function):
 
 
 def test_the_file_stays_within_its_budget():
-    """It can be read in a day: 5,881 lines, none longer than 120 characters."""
+    """It can be read in a day: 5,909 lines, none longer than 120 characters."""
     lines = SOURCE.splitlines()
     assert len(lines) <= 5909
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []

@@ -33,7 +33,7 @@ import redis
 
 import wsqueue
 from clients import PATIENCE, Follower, RawClient, serving
-from helpers import TIME_UNIT, consumers, eventually, run_cli, spawn_server
+from helpers import TIME_UNIT, consumers, eventually, run_cli, settled, spawn_server
 from test_cli import complaint, environment
 from test_queue_directory import (
     assert_clear,
@@ -1120,18 +1120,6 @@ def test_the_broker_sees_one_connection_of_a_producer(queue_url, make_queue):
     eventually(lambda: connections_at(queue_url) == none, what="the connection to be given back")
 
 
-def settled(count):
-    """The number once it does not change any more: brokers notice later that somebody has gone."""
-    seen = []
-
-    def same():
-        seen.append(count())
-        return len(seen) > 20 and len(set(seen[-20:])) == 1
-
-    eventually(same, what="a number that does not change")
-    return seen[-1]
-
-
 def test_a_producer_gives_everything_back(queue_url, queue):
     """close_queues() leaves no descriptor, and is no end: the next event is queued over a new one."""
     queue.close()
@@ -1291,22 +1279,13 @@ def test_a_missing_library_is_named_with_what_installs_it(command, library, extr
     assert "Traceback" not in errors and "hidden" not in errors
 
 
-UNUSABLE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import wsqueue
-sys.exit(wsqueue.main(["send", "e", "--queue", "redis://:hidden@127.0.0.1:1/0"]))
-"""
-
-
 def test_a_library_that_does_not_load_is_no_fault_of_the_url(tmp_path):
     """As with `python -W error` and one that complains of an old Python; its own reason is told."""
     (tmp_path / "redis.py").write_text("raise DeprecationWarning('support of this Python ends')", "utf-8")
-    with python(UNUSABLE, str(tmp_path)) as process:
-        output, errors = process.communicate(timeout=30 * TIME_UNIT)
-    assert (process.returncode, output) == (1, ""), errors
-    assert "package redis does not load: support of this Python ends" in errors
-    assert "Traceback" not in errors and "hidden" not in errors
+    done = run_cli("send", "e", "--queue", "redis://:hidden@127.0.0.1:1/0", env={**os.environ, "PYTHONPATH": tmp_path})
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "package redis does not load: support of this Python ends" in done.stderr
+    assert "Traceback" not in done.stderr and "hidden" not in done.stderr
 
 
 def test_importing_wsqueue_imports_none_of_the_libraries():
