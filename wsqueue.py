@@ -5060,9 +5060,7 @@ class _AmqpLink(Link):
     def attach(self) -> None:
         milliseconds, lost = int(self.location.keep_seconds * 1000), f"{self._queue}:lost"
         self._channel.queue_declare(self._failed, durable=True, arguments={"x-max-length": FAILED_FILES})
-        self._channel.queue_declare(lost, durable=True, arguments={
-            "x-max-length": 1, "x-expires": int(FAILED_SECONDS * 1000)})
-        try:  # what is dropped goes there: so we know
+        try:
             self._channel.queue_declare(self._queue, durable=True, arguments={
                 "x-max-length": self.location.keep_events, "x-message-ttl": milliseconds, "x-expires": milliseconds,
                 "x-dead-letter-exchange": "", "x-dead-letter-routing-key": lost})
@@ -5070,7 +5068,10 @@ class _AmqpLink(Link):
             log.warning("%s keeps the bounds that it was made with: %s", self._queue, _reason(error))
             self._channel = self._connection.channel()
             self._channel.queue_declare(self._queue, passive=True)
-        self._channel.queue_bind(self._queue, self.location.name)
+        self._channel.queue_bind(self._queue, self.location.name)  # RabbitMQ 3 writes it with the next one, or in 2 s
+        # What is dropped goes there: so we know. Behind the binding, which a broker killed in between would forget.
+        self._channel.queue_declare(lost, durable=True, arguments={
+            "x-max-length": 1, "x-expires": int(FAILED_SECONDS * 1000)})
         self._channel.basic_qos(prefetch_count=ENTRIES)
         self._channel.basic_consume(lost, self._note_loss, auto_ack=True)
         self._channel.add_on_cancel_callback(self._note_cancel)
@@ -5288,9 +5289,8 @@ def _send_page(server: WebSocketServer, request: Request) -> bytes:
 
 
 def _script(source: str) -> Page:
-    body = source.encode()
     return Page(lambda server, request: encode_response(
-        "200 OK", body, "text/javascript; charset=utf-8", Access_Control_Allow_Origin="*",
+        "200 OK", source.encode(), "text/javascript; charset=utf-8", Access_Control_Allow_Origin="*",
         Cache_Control="max-age=300", X_Content_Type_Options="nosniff"), public=True)
 
 

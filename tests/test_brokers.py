@@ -78,6 +78,7 @@ class RabbitValue:
         self._channel.queue_declare("value", durable=True)
         properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
         self._channel.basic_publish("", "value", value.encode(), properties)
+        self._channel.queue_declare("next", durable=True)  # with which the first is on the disk: see brokers.py
 
     def read(self):
         method, _, body = self._channel.basic_get("value")
