@@ -300,10 +300,11 @@ def rabbitmq_server(directory):
 
 
 def rabbitmqctl(broker, *args):
-    """Have an administrator do something; it takes two seconds."""
+    """Have an administrator do something, and return what that printed; it takes two seconds."""
     command = [os.path.join(os.path.dirname(RABBITMQ), "rabbitmqctl"), "--quiet", *map(str, args)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", **broker.popen)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _configure_rabbitmq(home, port):

@@ -12,7 +12,7 @@ from redis.retry import Retry
 
 import brokers
 from brokers import Cutter
-from helpers import TIME_UNIT
+from helpers import TIME_UNIT, eventually
 
 SHORT = 0.2 * TIME_UNIT  # how long a test waits for what is not to come
 LONG = 20.0 * TIME_UNIT
@@ -81,9 +81,15 @@ class RabbitValue:
         self._channel.queue_declare("next", durable=True)  # with which the first is on the disk: see brokers.py
 
     def read(self):
-        method, _, body = self._channel.basic_get("value")
+        taken = []  # not while another reader has it
+
+        def is_there():
+            taken[:] = self._channel.basic_get("value")
+            return taken[0]
+
+        method = eventually(is_there, LONG, "the value")
         self._channel.basic_nack(method.delivery_tag)
-        return body.decode()
+        return taken[2].decode()
 
 
 KINDS = {

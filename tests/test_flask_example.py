@@ -14,11 +14,11 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
+from brokers import free_port
 from browser import needs_chromium
 from clients import CLOSE, PATIENCE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, spawn_server
 from test_examples import HOSTILE, complaint, pushing
-from test_server import free_port
 from wsqueue import sign_ticket
 
 NAME = "flask_session_and_tickets.py"

@@ -18,12 +18,12 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
+from brokers import free_port
 from browser import emulate, needs_chromium, save_picture
 from clients import CLOSE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, spawn_server
 from test_examples import EXAMPLES, HOSTILE, call, complaint, pushing
 from test_flask_example import text_of
-from test_server import free_port
 from wsqueue import queue_event, sign_ticket
 
 CHAT, ORDERS, PROGRESS = "chat.py", "order_status.py", "progress_bar.py"

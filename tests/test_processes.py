@@ -17,6 +17,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 import pytest
 
 import wsqueue
+from brokers import free_port
 from clients import (
     CLOSE,
     PATIENCE,
@@ -34,7 +35,6 @@ from test_server import (
     answer_goodbye,
     clients_arrived,
     errors_of,
-    free_port,
     is_free,
     move_events,
     nothing_is_left,  # noqa: F401 - a fixture
@@ -847,7 +847,7 @@ def test_a_client_that_does_not_answer_delays_the_end_and_no_more(directory):
         answer_goodbye(polite)
         assert server.process.poll() is None, "it has not waited for the other"
         assert mute.ended()
-        assert server.process.wait(PATIENCE / 3) == 0
+        assert server.process.wait(PATIENCE) == 0
 
 
 # ---- What stop() leaves behind -----------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from urllib.parse import quote, quote_from_bytes, urlencode
 import pytest
 from selenium.webdriver.common.by import By
 
+from brokers import free_port
 from browser import needs_chromium
 from clients import CLOSE, PATIENCE, Follower, RawClient, close_payload, exchange, handshake, serving
 from helpers import TIME_UNIT, consumers, eventually, spawn_server
 from test_examples import EXAMPLES, HOSTILE, Example, call, complaint, started
 from test_php_producer import needs_php, receive
 from test_processes import connected
-from test_server import clients_arrived, free_port, is_free, port_of
+from test_server import clients_arrived, is_free, port_of
 from wsqueue import DirectoryQueue, serving_process
 
 GUNICORN, THREADS = "gunicorn_four_workers.py", "background_thread.py"

@@ -931,7 +931,7 @@ def test_a_wait_for_nothing_takes_its_time(queue_url, queue):
 
 # ---- Processes that are killed -----------------------------------------------------------------------------
 
-PRODUCE_UNTIL_KILLED = """
+PRODUCE_UNTIL_KILLED = PATIENTLY + """
 import itertools, os, signal, sys, wsqueue
 
 def produce(name, acknowledged):
@@ -969,7 +969,7 @@ def test_what_a_producer_was_told_is_queued_survives_it(queue_url, queue):
         assert acknowledged <= len(parts) // 3 <= acknowledged + 1
 
 
-CONSUME = """
+CONSUME = PATIENTLY + """
 import json, sys, wsqueue
 
 queue = wsqueue.open_queue(sys.argv[1], **json.loads(sys.argv[2]))
@@ -1115,7 +1115,7 @@ def test_the_broker_sees_one_connection_of_a_producer(queue_url, make_queue):
     none = settled(lambda: connections_at(queue_url))
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda number: queue_event(queue_url, "e", number), range(100)))
-    assert connections_at(queue_url) == none + 1
+    eventually(lambda: connections_at(queue_url) == none + 1, what="one connection")
     wsqueue.close_queues()
     eventually(lambda: connections_at(queue_url) == none, what="the connection to be given back")
 

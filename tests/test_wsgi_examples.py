@@ -15,12 +15,12 @@ import jwt
 import pytest
 from selenium.webdriver.common.by import By
 
+from brokers import free_port
 from browser import needs_chromium
 from clients import CLOSE, RawClient, close_payload, exchange, handshake
 from helpers import TIME_UNIT, eventually, put_in_the_way_of, spawn_server, spelled
 from test_examples import HOSTILE, call, complaint, pushing, raw_exchange
 from test_flask_example import Visitor, said_by, text_of
-from test_server import free_port
 from wsqueue import queue_event
 
 DJANGO, BOTTLE, WSGIREF = "django_login_and_topics.py", "bottle_notice_board.py", "wsgiref_door_sign.py"
