@@ -5288,9 +5288,9 @@ def _send_page(server: WebSocketServer, request: Request) -> bytes:
     return encode_response("204 No Content", b"")
 
 
-def _script(source: str) -> Page:
+def _script(body: bytes) -> Page:
     return Page(lambda server, request: encode_response(
-        "200 OK", source.encode(), "text/javascript; charset=utf-8", Access_Control_Allow_Origin="*",
+        "200 OK", body, "text/javascript; charset=utf-8", Access_Control_Allow_Origin="*",
         Cache_Control="max-age=300", X_Content_Type_Options="nosniff"), public=True)
 
 
@@ -5602,9 +5602,9 @@ put({ which: `only events for everyone or the topic /${ticket ? ", or that the t
 """[1:]
 
 PAGES.update({
-    ("GET", "/wsqueue.js"): _script(WSQUEUE_JS),
+    ("GET", "/wsqueue.js"): _script(WSQUEUE_JS.encode()),
     ("GET", "/wsqueue.mjs"): _script(f"{WSQUEUE_JS}\nexport const {{ WSQueue }} = globalThis;\n"
-                              "WSQueue.base = import.meta.url;\n"),
+                              "WSQueue.base = import.meta.url;\n".encode()),
     ("GET", "/"): Page(_monitor), ("GET", "/monitor.json"): Page(_monitor_json), ("GET", "/healthz"): Page(_healthz),
     ("GET", "/metrics"): Page(_metrics_page), ("POST", "/send"): Page(_send_page, waits=True),
 })

@@ -155,7 +155,7 @@ def _no_thread_is_left():
         return [t for t in threading.enumerate() if t not in before and t.name.startswith("wsqueue")]
 
     yield
-    eventually(lambda: not left(), what=f"the end of {left()}")
+    eventually(lambda: not left(), timeout=5.0, what=f"the end of {left()}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,7 +110,7 @@ class Server:
         """Ask it to stop, as an init system would, and insist; not stopping when asked is a fault."""
         self.process.terminate()
         try:
-            self.process.wait(30 * TIME_UNIT)  # its last fsync may take long
+            self.process.wait(10 * TIME_UNIT)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

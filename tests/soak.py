@@ -61,7 +61,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as websockets_connect
 
 import wsqueue
-from brokers import postgres_server, redis_server
+from brokers import free_port, postgres_server, redis_server
 from clients import (
     CLOSE,
     PING,
@@ -552,15 +552,6 @@ def asleep(*processes: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for process in processes:
             process.send_signal(signal.SIGCONT)
-
-
-def free_port() -> int:
-    """Not one that a client's side of a connection may get: it would be taken while the server is down."""
-    for port in random.sample(range(10_000, 32_000), 1000):
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
 
 
 def until(condition: Callable[[], Any], seconds: float) -> bool:

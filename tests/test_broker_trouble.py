@@ -679,7 +679,7 @@ def test_what_was_accepted_arrives_once_and_in_order(story):
 def test_the_producer_is_told_and_does_not_wait(story):
     """While the broker is away queue_event() returns False, soon, and logs one line each time."""
     assert len(story.producer.records.failures) == len(story.producer.refused) > 0
-    assert story.producer.longest < 15.0 * TIME_UNIT  # 2 s, and what the machine stands still
+    assert story.producer.longest < 5.0 * TIME_UNIT
 
 
 def test_clients_stay_connected(story):

@@ -81,15 +81,13 @@ class RabbitValue:
         self._channel.queue_declare("next", durable=True)  # with which the first is on the disk: see brokers.py
 
     def read(self):
-        taken = []  # not while another reader has it
-
-        def is_there():
-            taken[:] = self._channel.basic_get("value")
-            return taken[0]
-
-        method = eventually(is_there, LONG, "the value")
+        method, _, body = eventually(self._take, LONG, "the value, which another reader may have for a moment")
         self._channel.basic_nack(method.delivery_tag)
-        return taken[2].decode()
+        return body.decode()
+
+    def _take(self):
+        taken = self._channel.basic_get("value")
+        return taken if taken[0] else None
 
 
 KINDS = {

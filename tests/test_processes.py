@@ -847,7 +847,7 @@ def test_a_client_that_does_not_answer_delays_the_end_and_no_more(directory):
         answer_goodbye(polite)
         assert server.process.poll() is None, "it has not waited for the other"
         assert mute.ended()
-        assert server.process.wait(PATIENCE) == 0
+        assert server.process.wait(PATIENCE / 3) == 0
 
 
 # ---- What stop() leaves behind -----------------------------------------------------------------------------

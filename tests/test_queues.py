@@ -1115,7 +1115,7 @@ def test_the_broker_sees_one_connection_of_a_producer(queue_url, make_queue):
     none = settled(lambda: connections_at(queue_url))
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda number: queue_event(queue_url, "e", number), range(100)))
-    eventually(lambda: connections_at(queue_url) == none + 1, what="one connection")
+    assert settled(lambda: connections_at(queue_url)) == none + 1
     wsqueue.close_queues()
     eventually(lambda: connections_at(queue_url) == none, what="the connection to be given back")
 

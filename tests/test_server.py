@@ -349,7 +349,7 @@ def test_a_signal_does_not_wait_for_clients_that_do_not_answer(directory):
     """close_timeout is all that a client gets; the program ends with status 0 all the same."""
     with spawn_server("--queue", directory, "--close-timeout", "0.2") as server, RawClient(server.url):
         server.process.terminate()
-        assert server.process.wait(PATIENCE) == 0
+        assert server.process.wait(PATIENCE / 3) == 0
 
 
 @contextmanager
@@ -367,7 +367,7 @@ def test_a_signal_that_another_thread_receives_stops_the_server(directory):
         with asleep(server.process):
             pass
         server.process.terminate()
-        assert server.process.wait(PATIENCE) == 0
+        assert server.process.wait(PATIENCE / 3) == 0
 
 
 # ---- Start and stop ----------------------------------------------------------------------------------------
